@@ -1,0 +1,179 @@
+"""What a model costs: parameters, MACs, latency, throughput, peak memory, bytes on disk."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .layers import inputs_of
+from .prune.discovery import trace_sites
+
+Batch = dict[str, Tensor]
+BATCH_SIZES = (1, 32)
+SECONDS = 3.0  # how long each batch size is timed, for each model
+ROUNDS = 15  # and at least this often
+
+
+@dataclass
+class Measurement:
+    """The cost of one model on this machine.
+
+    Attributes:
+        params: Number of parameters, all of them.
+        macs: Multiply-accumulates of one forward pass over one sample of `seq_len` tokens.
+        seq_len: Tokens of a sample, for `macs` and for the timings.
+        latency_ms: Batch size -> median milliseconds of a forward pass.
+        samples_per_second: At the largest batch size.
+        peak_memory_bytes: Weights and the most activations alive at once, at the largest batch size.
+    """
+
+    params: int
+    macs: int
+    seq_len: int
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    samples_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+def measure(model: PreTrainedModel, batch: Batch, batch_sizes: Sequence[int] = BATCH_SIZES) -> Measurement:
+    """Measure one model on inputs shaped like `batch`.
+
+    Args:
+        model: The model, on the device on which it is to be measured.
+        batch: Inputs, each (batch, seq); `seq` is the length at which everything is measured.
+        batch_sizes: For the timings.
+    """
+    return compare([model], batch, batch_sizes)[0][0]
+
+
+def compare(
+    models: Sequence[PreTrainedModel], batch: Batch, batch_sizes: Sequence[int] = BATCH_SIZES, progress: bool = False
+) -> tuple[list[Measurement], dict[str, float]]:
+    """Measure models side by side: their timings are interleaved, since a shared machine drifts.
+
+    Returns:
+        A Measurement for each model, and batch size -> median over rounds of (last model's time / first model's time).
+    """
+    inputs = inputs_of(batch)
+    seq_len = next(iter(inputs.values())).shape[1]
+    results = [
+        Measurement(sum(p.numel() for p in m.parameters()), trace_sites(m, inputs, seq_len).macs(), seq_len)
+        for m in models
+    ]
+    modes = [m.training for m in models]
+    ratios: dict[str, float] = {}
+    for model in models:
+        model.eval()
+    for size in batch_sizes:
+        rows = {k: v[torch.arange(size, device=v.device) % len(v)] for k, v in inputs.items()}
+        rounds = time_rounds(models, rows, progress)
+        for result, times in zip(results, zip(*rounds, strict=True), strict=True):
+            result.latency_ms[str(size)] = statistics.median(times)
+            result.samples_per_second = size / result.latency_ms[str(size)] * 1000
+        ratios[str(size)] = statistics.median(times[-1] / times[0] for times in rounds)
+    for model, result, mode in zip(models, results, modes, strict=True):
+        result.peak_memory_bytes = peak_memory(model, rows)
+        model.train(mode)
+    return results, ratios
+
+
+def at_length(batch: Batch, seq_len: int) -> Batch:
+    """Rows of `batch` brought to exactly `seq_len` real tokens each: cut, or their own tokens said again."""
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else None
+    out: Batch = {}
+    for name, value in batch.items():
+        if value.dim() < 2:
+            continue
+        rows = [row if real is None else row[keep] for row, keep in zip(value, value if real is None else real, strict=True)]
+        out[name] = torch.stack([row.repeat(-(-seq_len // len(row)))[:seq_len] for row in rows])
+    return out
+
+
+@torch.inference_mode()
+def time_rounds(models: Sequence[PreTrainedModel], rows: Batch, progress: bool) -> list[tuple[float, ...]]:
+    """Milliseconds of one forward pass of each model in turn, round after round; three rounds warm up."""
+    rounds: list[tuple[float, ...]] = []
+    size = len(next(iter(rows.values())))
+    bar = tqdm(total=SECONDS * len(models), desc=f"timing, batch {size}", unit="s", disable=not progress)
+    spent, warm = 0.0, 0
+    while spent < SECONDS * len(models) or len(rounds) < ROUNDS:
+        times = tuple(time_once(model, rows) for model in models)
+        warm += 1
+        if warm > 3:
+            rounds.append(times)
+        spent += sum(times) / 1000
+        bar.update(round(min(spent, bar.total), 1) - bar.n)
+    bar.close()
+    return rounds
+
+
+def time_once(model: PreTrainedModel, rows: Batch) -> float:
+    """Milliseconds of one forward pass."""
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(**rows)
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1000
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that live while it is on; `peak` is the most at any time."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operator and note the storages that it made."""
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and id(storage) not in given and storage not in self.known:
+                self.known.add(storage)
+                size = storage.nbytes()
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.free, size)
+        return out
+
+    def free(self, size: int) -> None:
+        """A storage is gone."""
+        self.live -= size
+
+
+@torch.no_grad()
+def peak_memory(model: PreTrainedModel, rows: Batch) -> int:
+    """Bytes of weights and the most bytes of activations alive at once in one forward pass of `rows`."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        model(**rows)
+        return torch.cuda.max_memory_allocated()
+    weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+    with LiveBytes() as counter:
+        model(**rows)
+    return sum(weights.values()) + counter.peak
+
+
+def disk_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weight files that saving `model` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))

@@ -1,0 +1,1 @@
+"""The second loss and what it decides: sites, scores, plan, surgery, repair."""

@@ -1,0 +1,65 @@
+"""Scores of units, a file each; `score_units` looks them up in one literal table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...layers import LayerMatch, real_positions
+from ..allocation import Scores
+from ..discovery import find_sites
+from .asked import Asked
+from .baselines import magnitude, random
+from .feature_loss import covariance, plain
+
+IMPORTANCE: dict[str, Callable] = {
+    "feature_loss": covariance,
+    "feature_loss:plain": plain,
+    "magnitude": magnitude,
+    "random": random,
+}
+
+
+def check_importance(importance: str) -> None:
+    """Raise unless `importance` names a score of this version."""
+    if importance not in IMPORTANCE:
+        raise ValueError(f"importance must be one of {sorted(IMPORTANCE)}, got {importance!r}")
+
+
+def score_units(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Sequence[dict[str, Tensor]],
+    importance: str = "feature_loss",
+    *,
+    matches: list[LayerMatch] | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Score every unit by what the second loss would rise if it went.
+
+    Args:
+        model: The student; it is read, not changed.
+        teacher: The teacher; None: the student itself.
+        batches: Calibration inputs, dictionaries of tensors (batch, seq); labels in them are not looked at.
+        importance: A name of `IMPORTANCE`.
+        matches: Which student layer learns from which teacher layer; None: by depth.
+        seed: Of the random probe.
+
+    Raises:
+        ValueError: Unknown importance, no calibration data, no prunable site, or features that are not finite.
+    """
+    check_importance(importance)
+    if not batches:
+        raise ValueError("batches must hold at least one batch of calibration inputs, got none")
+    sites = find_sites(model, batches[0], mean_length(batches))
+    other = None if teacher is model else teacher
+    values, errors = IMPORTANCE[importance](model, other, batches, Asked(sites, matches, seed))
+    return Scores(sites, values, errors, importance)
+
+
+def mean_length(batches: Sequence[dict[str, Tensor]]) -> int:
+    """Mean number of real tokens of a sample, rounded: the length at which MACs are counted."""
+    masks = [real_positions(batch) for batch in batches]
+    return max(1, round(sum(int(m.sum()) for m in masks) / sum(len(m) for m in masks)))

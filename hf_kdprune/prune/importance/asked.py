@@ -1,0 +1,23 @@
+"""What every score is asked for, beside models and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...layers import LayerMatch
+from ..sites import Sites
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The question to a score.
+
+    Attributes:
+        sites: Where the units are.
+        matches: Which student layer learns from which teacher layer; None: by depth.
+        seed: Of whatever is random.
+    """
+
+    sites: Sites
+    matches: list[LayerMatch] | None = None
+    seed: int = 0

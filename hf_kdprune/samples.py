@@ -1,0 +1,57 @@
+"""Which training samples train, which judge the training, and which rank and repair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+
+import datasets
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from .config import KDPruneConfig
+from .layers import LABELS
+
+HELD_OUT = 512  # training samples, at most a tenth, that judge whether recovery made the model better
+
+
+def held_out_size(dataset: Sized) -> int:
+    """How many samples are held out of a data set."""
+    return min(HELD_OUT, max(1, len(dataset) // 10))
+
+
+def check_dataset(dataset: object, args: KDPruneConfig) -> None:
+    """Raise unless `dataset` can be drawn from and has what the first loss needs.
+
+    Raises:
+        ValueError: No length, too few samples, or no labels.
+    """
+    if isinstance(dataset, (IterableDataset, datasets.IterableDataset)) or not isinstance(dataset, Sized):
+        raise ValueError(
+            f"train_dataset must have a length, got {type(dataset).__name__}: calibration and held-out samples are drawn "
+            "from it; take a part of the stream into a datasets.Dataset"
+        )
+    if len(dataset) < 4:
+        raise ValueError(f"train_dataset must hold at least 4 samples, got {len(dataset)}: give the training split")
+    sample = dataset[0]
+    columns = list(sample) if hasattr(sample, "keys") else []
+    labelled = not columns or set(columns) & {*LABELS, *(args.label_names or ())}
+    if (args.task_weight or args.auxiliary_weight) and not labelled:
+        raise ValueError(
+            f"task_weight {args.task_weight} and auxiliary_weight {args.auxiliary_weight} need labels; train_dataset has "
+            f"the columns {columns}: name the label column 'labels', or set both weights to 0 to learn from the teacher"
+        )
+
+
+def split(dataset: object, count: int, seed: int) -> tuple[object, object]:
+    """`count` random samples of a data set, and the others."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = sorted(order[:count]), sorted(order[count:])
+    return tuple(dataset.select(p) if hasattr(dataset, "select") else Subset(dataset, p) for p in parts)
+
+
+def by_length(dataset: object, collate: Callable[[list], dict], size: int) -> DataLoader:
+    """Batches of `size`, samples of like length together where lengths are known."""
+    if hasattr(dataset, "column_names") and "input_ids" in dataset.column_names:
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        dataset = dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    return DataLoader(dataset, batch_size=size, collate_fn=collate)
