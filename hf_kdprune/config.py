@@ -1,0 +1,64 @@
+"""KDPruneConfig: TrainingArguments and what this package adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .distill.objective import TERMS, Objective
+from .prune.budget import Budget
+from .prune.importance import check_importance
+from .prune.schedule import SCHEDULES, Pruning
+
+SHAPES = ("free",)
+
+
+@dataclass
+class KDPruneConfig(TrainingArguments):
+    """Settings of KDPruneTrainer: all of TrainingArguments, and these.
+
+    Raises:
+        ValueError: A setting is none of those that this version knows; the message lists them.
+    """
+
+    task_weight: float = field(default=1.0, metadata={"help": "Weight of the ground truth in the first loss."})
+    logits_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's output."})
+    features_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's features."})
+    auxiliary_weight: float = field(default=0.0, metadata={"help": "Weight of classifiers on each block (off)."})
+    temperature: float = field(default=2.0, metadata={"help": "T of the logits term."})
+    logits_loss: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl or js."})
+    feature_loss: str = field(default="mse", metadata={"help": "mse or cosine."})
+    layer_map: list | str | None = field(  # in this order HfArgumentParser takes it for a text
+        default="auto", metadata={"help": "auto, last, uniform, or [[student, teacher], ...]; 0 is the embeddings."}
+    )
+    budget: str = field(default="macs=0.5", metadata={"help": "What remains: macs=, params=, heads=..,ffn=.."})
+    importance: str = field(default="feature_loss", metadata={"help": "The score that ranks units."})
+    repair: bool = field(default=True, metadata={"help": "Refit output projections in closed form after surgery."})
+    schedule: str = field(default="one_shot", metadata={"help": "one_shot."})
+    shapes: str = field(default="free", metadata={"help": "free: every layer its own shape."})
+    round_to: int = field(default=8, metadata={"help": "FFN widths are multiples of it (1: any)."})
+    calibration_samples: int = field(default=1024, metadata={"help": "Training samples that rank and repair use."})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        super().__post_init__()
+        Budget.parse(self.budget)
+        check_importance(self.importance)
+        self.objective()
+        for name, known in (("schedule", SCHEDULES), ("shapes", SHAPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {list(known)} in this version, got {getattr(self, name)!r}")
+        for name, least in (("round_to", 1), ("calibration_samples", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def objective(self) -> Objective:
+        """The first loss as set here."""
+        weights = {term: getattr(self, f"{term}_weight") for term in TERMS}
+        return Objective(weights, self.temperature, self.logits_loss, self.feature_loss)
+
+    def pruning(self) -> Pruning:
+        """How to prune, as set here; the probe's seed follows `data_seed`, else `seed`."""
+        seed = self.seed if self.data_seed is None else self.data_seed
+        return Pruning(self.budget, self.importance, self.repair, self.round_to, seed)

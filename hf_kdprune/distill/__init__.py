@@ -1,0 +1,1 @@
+"""The first loss: what trains the student."""
