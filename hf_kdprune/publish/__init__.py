@@ -1,0 +1,1 @@
+"""The smaller model on its way to its users: checkpoint, card, Hub."""

@@ -1,0 +1,251 @@
+"""Save, load and verify: a directory that `from_pretrained` loads, whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..prune.sites import Plan
+from . import modeling_kdprune
+from .card import write_card
+
+TOLERANCE = 1e-5
+CODE = Path(modeling_kdprune.__file__)
+TRAINED_ONLY = "kdprune_auxiliary."  # auxiliary classifiers are dropped on save
+PROBE = ".probe.safetensors"
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    path: str | Path,
+    processing_class: object = None,
+    *,
+    report: dict | None = None,
+    verify: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+) -> str:
+    """Save a model that was (or was not) made smaller as an ordinary checkpoint.
+
+    Args:
+        model: The model; the plan that made it smaller goes into plan.json.
+        path: The directory. It is written beside its final name and moved there when it is whole; other files that lie
+            in it stay.
+        processing_class: Tokenizer or processor, saved along.
+        report: What the card shows; with it report.json, README.md and pictures are written.
+        verify: Reload the checkpoint in a fresh process and compare the outputs.
+        state_dict: The weights where `model` does not hold them whole (FSDP).
+
+    Returns:
+        The line that loads it.
+
+    Raises:
+        OSError: The directory cannot be written.
+        RuntimeError: It does not reload, or gives other outputs; nothing was put under the final name.
+    """
+    path = Path(path)
+    check_writable(path.parent)
+    auto = auto_class(model)
+    with staged(path) as folder:
+        write_model(model, folder, auto, state_dict)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+        if report is not None:
+            (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            write_card(folder)
+        if verify:
+            verify_checkpoint(model, folder, auto)
+    return load_line(model, str(path))
+
+
+def write_model(model: PreTrainedModel, folder: Path, auto: str, state_dict: dict[str, Tensor] | None) -> None:
+    """Weights, config and plan; for a smaller model also the file that travels along."""
+    state = model.state_dict() if state_dict is None else state_dict
+    state = {k: v for k, v in state.items() if not k.startswith(TRAINED_ONLY)}
+    stock = getattr(model.config, "auto_map", None)
+    if is_pruned(model):
+        model.config.auto_map = {auto: f"{CODE.stem}.{type(model).__name__}"}
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        if is_pruned(model):
+            model.config.auto_map = stock
+    if is_pruned(model):
+        shutil.copyfile(CODE, folder / CODE.name)
+    if (plan := getattr(model, "kdprune_plan", None)) is not None:
+        plan.save(folder / "plan.json")
+
+
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Whether surgery was done on `model`, now or before it was loaded."""
+    return bool(getattr(model.config, "kdprune", None))
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """The Auto class that loads this class of model: "AutoModelForSequenceClassification".
+
+    Raises:
+        ValueError: No Auto class knows it.
+    """
+    autos = [a for a in vars(modeling_auto).values() if isinstance(a, type) and a.__name__.startswith("AutoModel")]
+    autos.sort(key=lambda auto: auto is modeling_auto.AutoModelForPreTraining)  # it knows what others know better
+    for auto in autos:
+        known = auto._model_mapping.get(type(model.config), ())
+        if type(model).__name__ in [c.__name__ for c in (known if isinstance(known, (tuple, list)) else (known,))]:
+            return auto.__name__
+    raise ValueError(
+        f"a checkpoint needs an Auto class that loads it; transformers {transformers.__version__} has none for "
+        f"{type(model).__name__}: save a model of a class that AutoModel or AutoModelFor... knows"
+    )
+
+
+def load_line(model: PreTrainedModel, path: str) -> str:
+    """The line of Python that loads the checkpoint at `path` or under that id on the Hub."""
+    trust = ", trust_remote_code=True" if is_pruned(model) else ""
+    return f"{auto_class(model)}.from_pretrained({json.dumps(path)}{trust})"
+
+
+def load_pretrained(path: str | Path, **kwargs: object) -> PreTrainedModel:
+    """Load a checkpoint of this package; runs no code from the checkpoint.
+
+    Args:
+        path: A directory or an id on the Hub.
+        **kwargs: For `from_pretrained`.
+
+    Raises:
+        ValueError: The checkpoint names no class of transformers.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    name = (config.architectures or ["none"])[0]
+    stock = getattr(transformers, name, None)
+    if stock is None:
+        raise ValueError(f"{path}: its architecture must be a class of transformers, got {name!r}")
+    pruned = getattr(config, "kdprune", None)
+    model = (getattr(modeling_kdprune, name) if pruned else stock).from_pretrained(path, config=config, **kwargs)
+    model.config.auto_map = None
+    if (file := Path(path) / "plan.json").is_file():
+        model.kdprune_plan = Plan.load(file)
+    return model
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError unless a file can be made in `path`, which is made if it is not there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"the output directory must be writable ({error.strerror}): choose another", str(path)
+        ) from error
+
+
+def last_checkpoint(output_dir: str | Path) -> str:
+    """The newest training checkpoint in a directory.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = get_last_checkpoint(str(output_dir))
+    if found is None:
+        raise ValueError(f"resuming needs a training checkpoint; {output_dir} has none: set save_strategy, or start anew")
+    return found
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside `path` that takes its name if the block ends well, and vanishes if it does not.
+
+    Files of an older directory of that name that the new one lacks are kept.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    folder.chmod(0o777 & ~current_umask())
+    old = folder.with_name(folder.name + "-old")
+    try:
+        yield folder
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if old.exists():
+        for entry in old.iterdir():
+            if not (path / entry.name).exists():
+                entry.rename(path / entry.name)
+        shutil.rmtree(old)
+
+
+def current_umask() -> int:
+    """The umask of this process; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def verify_checkpoint(model: PreTrainedModel, folder: Path, auto: str) -> None:
+    """Reload `folder` in a fresh process and compare outputs on a probe.
+
+    Raises:
+        RuntimeError: It does not load, or the outputs differ by more than 1e-5 of their scale.
+    """
+    probe = folder / PROBE
+    save_file({**probe_inputs(model), "expected": probe_output(model, probe_inputs(model))}, probe)
+    code = "import sys; from hf_kdprune.publish.checkpoint import compare_reloaded; compare_reloaded(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(folder), auto]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    finally:
+        probe.unlink()
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    if child.returncode:
+        raise RuntimeError(f"the saved checkpoint does not reload, nothing was kept:\n{child.stderr[-3000:]}")
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two rows of tokens for the comparison, the second padded."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (2, 16), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def probe_output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """What the model gives first for the probe, in eval mode."""
+    training = model.training
+    model.eval()
+    output = model(**{k: v.to(model.device) for k, v in inputs.items()})[0]
+    model.train(training)
+    return output.float().cpu().contiguous()
+
+
+def compare_reloaded(folder: str, auto: str) -> None:
+    """In the fresh process: load both ways, compare, exit with an error if anything differs."""
+    probe = load_file(Path(folder) / PROBE)
+    expected = probe.pop("expected")
+    for load in (
+        lambda: getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True),
+        lambda: load_pretrained(folder),
+    ):
+        difference = float((probe_output(load(), probe) - expected).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise SystemExit(f"outputs after reload differ by {difference:.2e}")
+
