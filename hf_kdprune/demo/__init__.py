@@ -1,0 +1,1 @@
+"""The embedded default: real data, and the whole job run on it."""
