@@ -1,0 +1,313 @@
+"""KDPruneTrainer on a tiny model: what a user of a Trainer would miss if it broke."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config, TrainerCallback
+from transformers import GPT2ForSequenceClassification as GPT2
+
+from hf_kdprune import KDPruneConfig, KDPruneTrainer, Plan, load_pretrained
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(95))]
+
+
+def tiny_bert(layers=2, hidden=32, labels=("bad", "good"), vocab=100, seed=0):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+    )
+    return BertForSequenceClassification(config)
+
+
+def rows(count=96, labelled=True, seed=0):
+    """Sentences whose label is whether the second token is in the upper half of the vocabulary."""
+    draw = np.random.default_rng(seed)
+    ids = [[2, *draw.integers(5, 100, draw.integers(3, 12)).tolist(), 3] for _ in range(count)]
+    data = {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids]}
+    if labelled:
+        data["label"] = [int(i[1] > 52) for i in ids]
+    return Dataset.from_dict(data)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
+    return BertTokenizerFast(str(tmp_path / "vocab.txt"))
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """Build a trainer; keyword arguments are the trainer's or KDPruneConfig's fields."""
+
+    def build(model=None, teacher=None, train_dataset=None, output=None, callbacks=None, **settings):
+        defaults = {
+            "output_dir": str(output or tmp_path / "out"),
+            "per_device_train_batch_size": 8,
+            "num_train_epochs": 1,
+            "logging_steps": 2,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        return KDPruneTrainer(
+            tiny_bert() if model is None else model,
+            KDPruneConfig(**{**defaults, **settings}),
+            teacher=teacher,
+            train_dataset=rows() if train_dataset is None else train_dataset,
+            eval_dataset=rows(32, seed=1),
+            processing_class=tokenizer,
+            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            callbacks=callbacks,
+        )
+
+    return build
+
+
+def logits(model, ids=((2, 10, 20, 3), (2, 60, 70, 3))):
+    model.eval()
+    with torch.no_grad():
+        return model(torch.tensor(ids, device=model.device)).logits.cpu()
+
+
+def test_train_makes_the_model_smaller_and_logs_each_term(make):
+    trainer = make(auxiliary_weight=0.5, budget="macs=0.5")
+    before = trainer.model.num_parameters()
+    trainer.train()
+    assert trainer.model.num_parameters() < before
+    assert 0.4 < trainer.plan.budget["reached"] <= 0.5
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged
+    for entry in logged:
+        terms = {k: v for k, v in entry.items() if k.startswith("loss_")}
+        assert set(terms) == {"loss_task", "loss_logits", "loss_features", "loss_auxiliary"}
+        weights = {"loss_task": 1, "loss_logits": 1, "loss_features": 1, "loss_auxiliary": 0.5}
+        assert sum(weights[k] * v for k, v in terms.items()) == pytest.approx(entry["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("term", ["task", "logits", "features", "auxiliary"])
+def test_each_term_alone(make, term):
+    weights = {f"{t}_weight": float(t == term) for t in ("task", "logits", "features", "auxiliary")}
+    trainer = make(max_steps=2, **weights)
+    trainer.train()
+    (entry,) = [e for e in trainer.state.log_history if "loss" in e]
+    assert {k for k in entry if k.startswith("loss_")} == {f"loss_{term}"}
+
+
+def test_terms_reach_tensorboard(make, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    make(report_to="tensorboard", max_steps=4).train()
+    events = EventAccumulator(str(next((tmp_path / "board").rglob("events*")).parent))
+    events.Reload()
+    assert {"train/loss_task", "train/loss_logits", "train/loss_features"} <= set(events.Tags()["scalars"])
+
+
+def test_prune_alone_keeps_the_teacher_as_it_was(make):
+    model = tiny_bert()
+    expected = logits(model)
+    trainer = make(model=model, budget="macs=0.4")
+    plan = trainer.prune()
+    assert isinstance(plan, Plan) and trainer.plan is plan
+    assert torch.equal(logits(trainer.teacher), expected)
+    assert trainer.repairs and all(r.after < r.before for r in trainer.repairs if r.accepted)
+    with pytest.raises(ValueError, match="already"):
+        trainer.prune()
+
+
+@pytest.mark.parametrize(("layers", "hidden"), [(3, 32), (2, 48), (4, 16)])
+def test_another_teacher_of_other_depth_or_width(make, layers, hidden):
+    teacher = tiny_bert(layers=layers, hidden=hidden, seed=1)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    trainer = make(teacher=teacher, max_steps=3)
+    trainer.train()
+    assert trainer.teacher is teacher
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(p.requires_grad for p in teacher.parameters())
+    (entry,) = [e for e in trainer.state.log_history if "loss" in e]
+    assert np.isfinite(entry["loss_features"]) and np.isfinite(entry["loss_logits"])
+
+
+def test_evaluation_asks_no_teacher(make):
+    trainer = make(max_steps=1)
+    trainer.train()
+    asked = []
+    trainer.teacher.register_forward_hook(lambda *_: asked.append(1))
+    metrics = trainer.evaluate()
+    assert not asked and "eval_accuracy" in metrics
+
+
+def test_recovery_that_does_harm_is_taken_back(make):
+    trainer = make(learning_rate=50.0, max_steps=5, max_grad_norm=1e9)
+    trainer.prune()
+    expected = logits(trainer.model)
+    trainer.train()
+    assert trainer.recovery["kept"] == "before"
+    assert not trainer.recovery["held_out_after"] < trainer.recovery["held_out_before"]
+    assert torch.equal(logits(trainer.model), expected)
+
+
+def test_held_out_samples_are_not_trained_on(make):
+    data = rows(100)
+    trainer = make(train_dataset=data, max_steps=1)
+    held = {tuple(ids[ids > 0].tolist()) for batch in trainer._held_out for ids in batch["input_ids"]}
+    trained = {tuple(ids) for ids in trainer.train_dataset["input_ids"]}
+    calibrated = {tuple(ids[ids > 0].tolist()) for batch in trainer.calibration for ids in batch["input_ids"]}
+    assert len(trainer.train_dataset) == 90 and not held & trained and calibrated <= trained
+
+
+def test_without_labels_the_teacher_is_enough(make):
+    trainer = make(train_dataset=rows(labelled=False), task_weight=0.0, max_steps=2)
+    trainer.train()
+    assert trainer.recovery is not None
+
+
+def test_same_seed_same_model(make, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        trainer = make(output=tmp_path / name, max_steps=3)
+        trainer.train()
+        runs.append(trainer)
+    assert runs[0].plan.kept == runs[1].plan.kept
+    assert torch.equal(logits(runs[0].model), logits(runs[1].model))
+
+
+def test_saved_model_reloads_with_card_and_report(make, tmp_path, capsys):
+    trainer = make(max_steps=4, auxiliary_weight=1.0)
+    trainer.train()
+    path = tmp_path / "compact"
+    trainer.save_model(str(path))
+    assert f'from_pretrained("{path}", trust_remote_code=True)' in capsys.readouterr().out
+    assert {"config.json", "model.safetensors", "plan.json", "report.json", "README.md", "modeling_kdprune.py"} <= {
+        f.name for f in path.iterdir()
+    }
+    assert list(path.glob("*.png")) and not [f for f in path.iterdir() if f.name.startswith(".")]
+    report = json.loads((path / "report.json").read_text())
+    assert report["version"] == 1
+    assert set(report["metrics"]) == {"teacher", "pruned", "compact"}
+    for name in ("teacher", "compact"):
+        assert set(report["size"][name]) == {"params", "macs", "disk_bytes"}
+        assert set(report["speed"][name]) == {"latency_ms", "samples_per_second", "peak_memory_bytes"}
+    assert report["size"]["compact"]["params"] == trainer.model.num_parameters()
+    reached = report["size"]["compact"]["macs"] / report["size"]["teacher"]["macs"]
+    assert reached == pytest.approx(report["budget"]["reached"])
+    assert report["metrics"]["compact"]["accuracy"] == trainer.evaluate()["eval_accuracy"]
+    assert {"seeds", "loss", "environment", "load", "command"} <= set(report)
+    assert not any("auxiliary" in name for name in load_pretrained(path).state_dict())
+    assert torch.allclose(logits(load_pretrained(path)), logits(trainer.model), atol=1e-6)
+
+
+class StopAt(TrainerCallback):
+    """Ends the process' run as a crash would, after a checkpoint was written."""
+
+    def on_save(self, args, state, control, **_):
+        raise KeyboardInterrupt
+
+
+def test_resume_gives_the_model_of_the_uninterrupted_run(make, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "learning_rate": 1e-3}
+    whole = make(output=tmp_path / "whole", **settings)
+    whole.train()
+    killed = make(output=tmp_path / "killed", callbacks=[StopAt()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make(output=tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.plan.kept == whole.plan.kept
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_an_interrupted_checkpoint_is_taken_away(make, tmp_path, monkeypatch):
+    trainer = make(save_strategy="steps", save_steps=2, max_steps=4)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_load_best_model_at_end(make):
+    trainer = make(
+        max_steps=4,
+        **{"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2},
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    assert (Path(trainer.state.best_model_checkpoint) / "plan.json").is_file()
+
+
+BAD_BUDGETS = ["macs=2", "mac=0.5", "macs=0", "macs=", "half", "latency=0.5"]
+
+
+@pytest.mark.parametrize("budget", BAD_BUDGETS)
+def test_no_budget_is_refused(make, budget):
+    with pytest.raises(ValueError, match="budget is") as error:
+        make(budget=budget)
+    assert repr(budget) in str(error.value)
+
+
+def test_unreachable_budget_is_refused_before_work(make):
+    model = tiny_bert()
+    with pytest.raises(ValueError, match=r"when every head and neuron is gone: choose a share between"):
+        make(model=model, budget="params=0.001")
+    assert model.num_parameters() == tiny_bert().num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("case", "match"),
+    [
+        ({"teacher": tiny_bert(labels=("a", "b"))}, "same labels"),
+        ({"teacher": tiny_bert(labels=("good", "bad"))}, "same labels"),
+        ({"teacher": tiny_bert(labels=("bad", "so", "good"))}, "same labels"),
+        ({"teacher": tiny_bert(vocab=101)}, "same tokens"),
+        ({"train_dataset": rows(labelled=False)}, "need labels"),
+        ({"train_dataset": rows(0)}, "at least 4 samples, got 0"),
+        ({"train_dataset": rows().to_iterable_dataset()}, "must have a length"),
+        ({"model": GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100))}, "no prunable site"),
+        ({"importance": "magic"}, "importance must be one of"),
+        ({"logits_loss": "l1"}, "logits_loss must be one of"),
+        ({"feature_loss": "l1"}, "feature_loss must be one of"),
+        ({"layer_map": [[9, 1]]}, "layer_map must be"),
+        ({"layer_map": "first"}, "layer_map must be"),
+        ({"task_weight": -1.0}, "must be >= 0"),
+        ({"task_weight": 0.0, "logits_weight": 0.0, "features_weight": 0.0}, "not all 0"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"schedule": "gradual"}, "schedule must be one of"),
+        ({"shapes": "stock"}, "shapes must be one of"),
+        ({"round_to": 0}, "round_to must be at least 1"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(make, case, match):
+    with pytest.raises(ValueError, match=match):
+        make(**case)
+
+
+def test_output_directory_that_cannot_be_written(make, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="output directory must be writable"):
+        make(output=tmp_path / "file" / "out")
+
+
+def test_import_is_quiet():
+    """Importing the package prints nothing and starts nothing."""
+    child = subprocess.run([sys.executable, "-c", "import hf_kdprune"], capture_output=True, text=True)
+    assert child.returncode == 0 and not child.stdout
