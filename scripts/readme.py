@@ -1,0 +1,44 @@
+"""Fill the tables of README.md from the files that commands wrote: no figure there is typed by hand.
+
+    python scripts/readme.py          # rewrites README.md
+    python scripts/readme.py --check  # exits with 1 if README.md is not what the files say (the tests run this)
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from hf_kdprune.publish.card import table
+
+ROOT = Path(__file__).parents[1]
+
+
+def card_table(file: Path) -> str:
+    """The side-by-side table of a report."""
+    rows = table(json.loads(file.read_text()))
+    return "\n".join(["| | teacher | compact | |", "|---|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+SOURCES = {"table": card_table, "ablation": lambda file: file.read_text().strip()}
+
+
+def filled(text: str) -> str:
+    """README with each marked part made anew: `<!-- KIND: FILE -->` up to `<!-- end -->`."""
+
+    def fill(match: re.Match) -> str:
+        return f"{match[1]}\n{SOURCES[match[2]](ROOT / match[3])}\n<!-- end -->"
+
+    return re.sub(r"(<!-- (\w+): (\S+) -->).*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    readme = ROOT / "README.md"
+    now = filled(readme.read_text())
+    if check:
+        sys.exit(now != readme.read_text() and "README.md is not what its sources say: python scripts/readme.py")
+    readme.write_text(now)
