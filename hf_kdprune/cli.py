@@ -96,7 +96,7 @@ def inspect(args: argparse.Namespace) -> tuple[dict, str]:
     from .publish.checkpoint import load_pretrained
 
     sites = find_sites(load_pretrained(args.model), seq_len=args.seq_len)
-    rows = [(s.name, s.kind, s.total, s.unit_params * s.total, s.unit_macs(args.seq_len) * s.total) for s in sites]
+    rows = [(s.name, s.kind, s.total, s.unit_params * s.total, s.unit_macs * s.total) for s in sites]
     data = {
         "params": sites.params(),
         "macs": sites.macs(),

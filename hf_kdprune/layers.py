@@ -59,6 +59,18 @@ def real_positions(batch: Batch) -> Tensor:
     return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
 
 
+def positions_of(batch: Batch, features: Tensor) -> Tensor:
+    """(batch, seq), True where `features` (batch, seq, hidden), or with batch and seq joined, stand at no padding.
+
+    They stand at the tokens of the batch, at those of its decoder, or, as in images, at nothing that is ever padded.
+    """
+    count = features.shape[:-1].numel()
+    for name in ("attention_mask", "decoder_attention_mask"):
+        if name in batch and batch[name].dim() == 2 and batch[name].numel() == count:
+            return batch[name].bool()
+    return torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device)
+
+
 def layer_pairs(layer_map: str | list, students: int, teachers: int) -> list[tuple[int, int]]:
     """Pair student layers with teacher layers.
 

@@ -69,8 +69,7 @@ def compare(
     inputs = inputs_of(batch)
     seq_len = next(iter(inputs.values())).shape[1]
     results = [
-        Measurement(sum(p.numel() for p in m.parameters()), trace_sites(m, inputs, seq_len).macs(), seq_len)
-        for m in models
+        Measurement(sum(p.numel() for p in m.parameters()), trace_sites(m, inputs, seq_len).macs(), seq_len) for m in models
     ]
     modes = [m.training for m in models]
     ratios: dict[str, float] = {}
@@ -87,18 +86,6 @@ def compare(
         result.peak_memory_bytes = peak_memory(model, rows)
         model.train(mode)
     return results, ratios
-
-
-def at_length(batch: Batch, seq_len: int) -> Batch:
-    """Rows of `batch` brought to exactly `seq_len` real tokens each: cut, or their own tokens said again."""
-    real = batch["attention_mask"].bool() if "attention_mask" in batch else None
-    out: Batch = {}
-    for name, value in batch.items():
-        if value.dim() < 2:
-            continue
-        rows = [row if real is None else row[keep] for row, keep in zip(value, value if real is None else real, strict=True)]
-        out[name] = torch.stack([row.repeat(-(-seq_len // len(row)))[:seq_len] for row in rows])
-    return out
 
 
 @torch.inference_mode()

@@ -17,8 +17,8 @@ from .config import KDPruneConfig
 from .distill import auxiliary
 from .distill.objective import Objective
 from .distill.teacher import ask, check_teacher, frozen_copy
+from .inputs import at_length
 from .layers import LayerMatch, inputs_of, layer_pairs, match_layers, real_positions
-from .measure import at_length
 from .prune.budget import Budget
 from .prune.discovery import find_sites
 from .prune.importance import mean_length
@@ -163,9 +163,7 @@ class KDPruneTrainer(Trainer):
             self._terms.setdefault(name, []).append(value.detach())
         return (self.objective.total(terms), outputs) if return_outputs else self.objective.total(terms)
 
-    def loss_terms(
-        self, model: PreTrainedModel, inputs: Batch, objective: Objective
-    ) -> tuple[dict[str, Tensor], object]:
+    def loss_terms(self, model: PreTrainedModel, inputs: Batch, objective: Objective) -> tuple[dict[str, Tensor], object]:
         """The terms of `objective` that have a weight, each a scalar, and the student's output."""
         terms: dict[str, Tensor] = {}
         asked = {**inputs, "output_hidden_states": objective.uses("features") or objective.uses("auxiliary")}

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
 sys.path.insert(0, str(Path(__file__).parent))  # subfolders import hub_server
 
 import copy
+import warnings
 
 import pyarrow.parquet
 import pytest
@@ -73,6 +74,25 @@ def ragged():
         return batches
 
     return build
+
+
+@pytest.fixture
+def lora():
+    """Wrap a BERT in LoRA whose adapters do something: lora(model)."""
+    peft = pytest.importorskip("peft")
+
+    def wrap(model):
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own use of transformers
+            wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value", "dense"], r=2))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.2)
+        return wrapped.eval()
+
+    return wrap
 
 
 @pytest.fixture(scope="session")

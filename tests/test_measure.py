@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_kdprune import Plan, apply_plan, find_sites, measure
-from hf_kdprune.measure import at_length, compare, disk_bytes, peak_memory
+from hf_kdprune.inputs import at_length
+from hf_kdprune.measure import compare, disk_bytes, peak_memory
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_a_measurement(tiny, ragged):
     model, batch = tiny().train(), ragged(1, 3)[0]
     result = measure(model, {**batch, "labels": torch.tensor([99, -7, 0])}, batch_sizes=(1, 5))
     assert result.params == model.num_parameters()
-    assert result.macs == find_sites(model).macs(12) and result.seq_len == 12
+    assert result.macs == find_sites(model, seq_len=12).macs() and result.seq_len == 12
     assert list(result.latency_ms) == ["1", "5"] and all(0 < t < 1e4 for t in result.latency_ms.values())
     assert result.samples_per_second == pytest.approx(5000 / result.latency_ms["5"])
     assert result.peak_memory_bytes > 4 * result.params
@@ -49,7 +50,7 @@ def test_a_pruned_and_an_emptied_model_can_be_measured(tiny, ragged, keep):
     smaller, smallest = (measure(m, batch, batch_sizes=(4,)) for m in (half, empty))
     for figure in ("params", "macs", "peak_memory_bytes"):
         assert getattr(whole, figure) > getattr(smaller, figure) > getattr(smallest, figure) > 0
-    assert smallest.macs == sites.macs(12, {s.name: 0 for s in sites})
+    assert smallest.macs == find_sites(model, seq_len=12).macs({s.name: 0 for s in sites})
 
 
 def test_peak_memory_is_weights_and_the_activations_of_the_batch(tiny, ragged):

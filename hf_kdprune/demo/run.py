@@ -159,9 +159,7 @@ def common() -> dict:
     }
 
 
-def fine_tuned(
-    demo: Demo, data: TextData, tokenizer: PreTrainedTokenizerBase, parts: list[datasets.Dataset]
-) -> Path:
+def fine_tuned(demo: Demo, data: TextData, tokenizer: PreTrainedTokenizerBase, parts: list[datasets.Dataset]) -> Path:
     """The folder of the fine-tuned teacher: kept from an earlier run with the same settings, or trained now."""
     source, epochs, rate = demo.model or minilm(), (2 if demo.quick else 4), 3e-4
     made_of = [demo.model, demo.dataset, len(parts[0]), epochs, rate, demo.teacher_seed]

@@ -1,6 +1,6 @@
 """The first loss: named terms and their weights, summed.
 
-    L1 = task_weight * task + logits_weight * T^2 KL + features_weight * features + auxiliary_weight * auxiliary
+L1 = task_weight * task + logits_weight * T^2 KL + features_weight * features + auxiliary_weight * auxiliary
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ class Objective:
         """Whether a teacher pass is needed at all."""
         return self.uses("logits") or self.uses("features")
 
-    def taught_terms(
-        self, learnt: object, taught: object, matches: Sequence[LayerMatch], mask: Tensor
-    ) -> dict[str, Tensor]:
+    def taught_terms(self, learnt: object, taught: object, matches: Sequence[LayerMatch], mask: Tensor) -> dict[str, Tensor]:
         """The terms that the teacher's output and features make.
 
         Args:

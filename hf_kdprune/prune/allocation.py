@@ -96,7 +96,9 @@ class Scores:
         edges = [0, *range(first, site.total + 1, step)]
         cost = UNIT[limit.counts](site, self.sites)
         return [
-            Bundle(site, b - a, sum(scores[a:b]), cost * (b - a)) for a, b in zip(edges, edges[1:], strict=False)
+            Bundle(site, b - a, sum(scores[a:b]), cost * (b - a))
+            for a, b in zip(edges, edges[1:], strict=False)
+            if b <= site.total - site.least
         ]
 
     def remove(self, limit: Limit, round_to: int, kept: dict[str, int]) -> None:
@@ -115,6 +117,11 @@ class Scores:
                 break
             gone.setdefault(name, []).append(bundle)
             excess -= bundle.cost
+        if excess > 0:
+            raise ValueError(
+                f"the budget asks for {excess:,.0f} {limit.counts} less than is left when every site keeps the least that it "
+                f"must with round_to={round_to}: choose a larger budget or a smaller round_to"
+            )
         for name in sorted(gone, key=lambda n: gone[n][-1].score / gone[n][-1].cost, reverse=True):
             while gone[name] and gone[name][-1].cost <= -excess:
                 excess += gone[name].pop().cost

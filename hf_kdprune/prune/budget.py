@@ -13,13 +13,13 @@ SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9}
 
 # What each budget counts: the cost of the whole model, and that of one unit of a site.
 WHOLE: dict[str, Callable[[Sites, dict[str, int] | None], int]] = {
-    "macs": lambda sites, kept: sites.macs(kept=kept),
+    "macs": lambda sites, kept: sites.macs(kept),
     "params": lambda sites, kept: sites.params(kept),
     "heads": lambda sites, kept: units_left(sites, "attention", kept),
     "ffn": lambda sites, kept: units_left(sites, "ffn", kept),
 }
 UNIT: dict[str, Callable[[Site, Sites], int]] = {
-    "macs": lambda site, sites: site.unit_macs(sites.seq_len),
+    "macs": lambda site, sites: site.unit_macs,
     "params": lambda site, sites: site.unit_params,
     "heads": lambda site, sites: int(site.kind == "attention"),
     "ffn": lambda site, sites: int(site.kind == "ffn"),
@@ -85,7 +85,7 @@ class Budget:
             whole = WHOLE[limit.counts](sites, None)
             if not whole:
                 raise ValueError(f"budget {self.asked!r} counts {limit.counts}; this model has none: leave it out")
-            least = WHOLE[limit.counts](sites, {site.name: 0 for site in sites})
+            least = WHOLE[limit.counts](sites, {site.name: site.least for site in sites})
             if not least <= limit.allowed(sites) <= whole:
                 raise ValueError(
                     f"budget {self.asked!r} asks for {limit.allowed(sites):,.0f} {limit.counts}; this model has "

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..layers import inputs_of, real_positions
+from ..layers import inputs_of, positions_of
 from .discovery import find_sites
-from .sites import Site, Sites
+from .experts import READ
+from .sites import Part, Site, Sites
 
 Batch = dict[str, Tensor]
 RIDGE = 0.01  # share of the mean diagonal; .001 to .1 make no difference (METHOD.md 3)
@@ -90,8 +92,9 @@ def repair(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[B
     for m, _ in modes:
         m.eval()
     try:
-        bar = tqdm(sites, desc="repair", unit="site", disable=None, leave=False)  # None: on a terminal only
-        return [repair_site(model, teacher, batches, site) for site in bar]
+        parts = [(site, part) for site in sites for part in site.parts]
+        bar = tqdm(parts, desc="repair", unit="site", disable=None, leave=False)  # None: on a terminal only
+        return [repair_part(model, teacher, batches, site, part) for site, part in bar]
     finally:
         for m, mode in modes:
             m.train(mode)
@@ -101,50 +104,65 @@ def check_shapes(model: nn.Module, sites: Sites) -> None:
     """Raise unless each output projection of the teacher has a counterpart in `model` of the same hidden size."""
     modules = dict(model.named_modules())
     for site in sites:
-        if getattr(modules.get(site.consumer), "out_features", None) != site.hidden:
-            raise ValueError(
-                f"repair refits towards the model before surgery; {site.consumer} of the teacher has no counterpart "
-                f"with {site.hidden} outputs in the smaller model: give repair a copy made before apply_plan"
-            )
+        for consumer in (c for c in site.consumers if not c.endswith(READ)):
+            if consumer not in modules or weight_of(plain(modules[consumer])).shape[1] != site.hidden:
+                raise ValueError(
+                    f"repair refits towards the model before surgery; {consumer} of the teacher has no counterpart "
+                    f"with {site.hidden} outputs in the smaller model: give repair a copy made before apply_plan"
+                )
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The layer itself where an adapter of PEFT wraps it."""
+    return getattr(module, "base_layer", module)
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight as (in, out), a view."""
+    return linear.weight if isinstance(linear, Conv1D) else linear.weight.T
 
 
 @torch.no_grad()
-def repair_site(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], site: Site) -> SiteRepair:
-    """Refit one site and keep the new weights if the error on held-out tokens falls."""
-    linear = model.get_submodule(site.consumer)
-    if linear.in_features == 0 and linear.bias is None:
-        return SiteRepair(site.name, math.nan, math.nan, False, "nothing is left to refit")
+def repair_part(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], site: Site, part: Part) -> SiteRepair:
+    """Refit one output projection and keep the new weights if the error on held-out tokens falls."""
+    name = site.name if len(site.parts) == 1 else part.consumer
+    if part.consumer.endswith(READ):
+        return SiteRepair(name, math.nan, math.nan, False, "routed experts are not refitted")
+    linear = plain(model.get_submodule(part.consumer))
+    weight = weight_of(linear)
+    if not len(weight) and linear.bias is None:
+        return SiteRepair(name, math.nan, math.nan, False, "nothing is left to refit")
     held_out = batches[HELD_OUT - 1 :: HELD_OUT] or batches[-1:]
     fit = [b for b in batches if not any(b is h for h in held_out)]
-    normal, judge = (collect(model, teacher, part, site) for part in (fit, held_out))
-    old = torch.cat([linear.weight.double().T, bias_of(linear)])
+    normal, judge = (collect(model, teacher, part_of_data, part) for part_of_data in (fit, held_out))
+    old = torch.cat([weight.double(), bias_of(linear)])
     new, reason = solve(normal, old)
     before, after = judge.error(old), judge.error(new)
     if not after < before:
-        return SiteRepair(site.name, before, after, False, reason or "the error on held-out tokens did not fall")
-    linear.weight.copy_(new[:-1].T)
+        return SiteRepair(name, before, after, False, reason or "the error on held-out tokens did not fall")
+    weight.copy_(new[:-1])
     if linear.bias is not None:
         linear.bias.copy_(new[-1])
-    return SiteRepair(site.name, before, after, True, reason)
+    return SiteRepair(name, before, after, True, reason)
 
 
-def bias_of(linear: nn.Linear) -> Tensor:
+def bias_of(linear: nn.Module) -> Tensor:
     """(1, out) the bias in float64; zeros where the layer has none."""
-    if linear.bias is None:
-        return torch.zeros(1, linear.out_features, dtype=torch.float64, device=linear.weight.device)
-    return linear.bias.double()[None]
+    weight = weight_of(linear)
+    return linear.bias.double()[None] if linear.bias is not None else weight.new_zeros(1, weight.shape[1]).double()
 
 
-def collect(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], site: Site) -> Normal:
-    """Gather what the fit needs: one pass of each model over `batches`, up to the site."""
-    linear = model.get_submodule(site.consumer)
-    size = linear.in_features + 1
+def collect(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], part: Part) -> Normal:
+    """Gather what the fit needs: one pass of each model over `batches`, up to the output projection."""
+    linear = plain(model.get_submodule(part.consumer))
+    size, hidden = len(weight_of(linear)) + 1, weight_of(linear).shape[1]
     like = {"dtype": torch.float64, "device": linear.weight.device}
-    normal = Normal(torch.zeros(size, size, **like), torch.zeros(size, site.hidden, **like))
+    normal = Normal(torch.zeros(size, size, **like), torch.zeros(size, hidden, **like))
     for batch in batches:
-        mask = real_positions(batch)
-        read, wrote, stream = (rows(t, mask) for t in up_to(model, batch, site))
-        target = rows(up_to(teacher, batch, site)[2], mask)
+        seen = up_to(model, batch, part)
+        mask = positions_of(batch, seen[0])
+        read, wrote, stream = (rows(t, mask) for t in seen)
+        target = rows(up_to(teacher, batch, part)[2], mask)
         x = torch.cat([read, torch.ones(len(read), 1, **like)], 1)
         if linear.bias is None:
             x[:, -1] = 0  # do not invent a bias
@@ -163,8 +181,8 @@ def rows(features: Tensor, mask: Tensor) -> Tensor:
     return features.flatten(0, -2)[mask.flatten()].double()
 
 
-def up_to(model: nn.Module, batch: Batch, site: Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `model` until the residual stream behind the site is known.
+def up_to(model: nn.Module, batch: Batch, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `model` until the residual stream behind the output projection is known.
 
     Returns:
         What the output projection reads (batch, seq, width), what it writes, and the stream behind it (batch, seq,
@@ -174,7 +192,7 @@ def up_to(model: nn.Module, batch: Batch, site: Site) -> tuple[Tensor, Tensor, T
 
     def at_consumer(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen["read"], seen["wrote"] = args[0], output
-        if site.after is None:
+        if part.after is None:
             seen["stream"] = output
             raise Reached
 
@@ -183,25 +201,15 @@ def up_to(model: nn.Module, batch: Batch, site: Site) -> tuple[Tensor, Tensor, T
             seen["stream"] = args[0]
             raise Reached
 
-    with hooks(model, site, at_consumer, at_norm):
+    with ExitStack() as stack:
+        stack.callback(model.get_submodule(part.consumer).register_forward_hook(at_consumer).remove)
+        if part.after is not None:
+            stack.callback(model.get_submodule(part.after).register_forward_pre_hook(at_norm).remove)
         try:
             model(**inputs_of(batch))
         except Reached:
             return seen["read"], seen["wrote"], seen["stream"]
-    raise RuntimeError(f"{site.name} was not reached on this batch: its blocks do not all run; set repair=False")
-
-
-@contextmanager
-def hooks(model: nn.Module, site: Site, at_consumer, at_norm):
-    """Watch the output projection and the norm behind it."""
-    handles = [model.get_submodule(site.consumer).register_forward_hook(at_consumer)]
-    if site.after is not None:
-        handles.append(model.get_submodule(site.after).register_forward_pre_hook(at_norm))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    raise RuntimeError(f"{part.consumer} was not reached on this batch: its blocks do not all run; set repair=False")
 
 
 def solve(normal: Normal, old: Tensor) -> tuple[Tensor, str]:

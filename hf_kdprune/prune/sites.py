@@ -24,8 +24,65 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """The entries of one tensor that go with the units of a site.
+
+    Attributes:
+        path: Path of the module that owns the tensor.
+        tensor: Its name there: "weight", "bias", or a parameter's own name.
+        dim: The dimension that loses entries.
+        runs: (start, step, size): unit u owns the entries from start + u * step on, size of them, in each run. One run
+            where query, key and value have layers of their own; three where they are packed in one layer.
+    """
+
+    path: str
+    tensor: str
+    dim: int
+    runs: tuple[tuple[int, int, int], ...]
+
+    @property
+    def name(self) -> str:
+        """Of the tensor, as in a state dict."""
+        return f"{self.path}.{self.tensor}"
+
+    @property
+    def size(self) -> int:
+        """Entries of one unit."""
+        return sum(size for _, _, size in self.runs)
+
+    def indices(self, units: Iterable[int]) -> list[int]:
+        """The entries of `units`, ascending."""
+        return sorted(start + u * step + i for u in units for start, step, size in self.runs for i in range(size))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One attention or FFN; most sites have one, those that must lose the same heads have several.
+
+    Attributes:
+        consumer: Path of the output projection: what it reads, (..., total * width), carries the gates.
+        after: Path of the norm that reads the residual stream behind the consumer; None where there is none.
+        core: Path of the module that computes the attention; None for an FFN.
+        returns: Length of the tuple that `core` returns; 0 if it returns a tensor.
+        cache: The layer of the key-value cache that `core` fills; None if it fills none.
+    """
+
+    consumer: str
+    after: str | None = None
+    core: str | None = None
+    returns: int = 0
+    cache: int | None = None
+
+    @property
+    def inner(self) -> str | None:
+        """Name of the output projection within `core`; None if it lies outside."""
+        inside = self.core is not None and self.consumer.startswith(self.core + ".")
+        return self.consumer[len(self.core) + 1 :] if inside else None
+
+
+@dataclass(frozen=True)
 class Site:
-    """The heads of one attention, or the neurons of one FFN.
+    """The heads of one attention, or the neurons of one FFN; of several where they can only go together.
 
     Attributes:
         name: Path of the block and the kind: "bert.encoder.layer.0.attention".
@@ -33,16 +90,13 @@ class Site:
         layer: Position of the block in its stack.
         total: Number of units.
         width: Channels of one unit at the output projection: the head size, or 1 for a neuron.
-        producers: Paths of the linear layers that lose rows (query, key, value; or up, gate).
-        consumer: Path of the output projection, which loses columns.
-        hidden: Size of the residual stream that producers read and the consumer writes.
-        biases: How many of the producers have a bias.
-        after: Path of the norm that reads the residual stream behind the consumer; None where there is none.
-        core: Path of the module that computes the attention; None for an FFN.
-        returns: Length of the tuple that `core` returns; 0 if it returns a tensor.
-        attributes: (module path, attribute, channels a unit) for integers of `core` that count heads.
-        table: Rows of position tables that the producers read besides the tokens, and that are multiplied with the
-            queries or keys (DeBERTa); 0 in most models.
+        parts: Where the units are computed.
+        cuts: What surgery takes out of the weights.
+        hidden: Size of the residual stream that the consumer writes.
+        unit_macs: MACs of one unit in one forward pass over one sample; attention products included.
+        unit_params: Parameters of one unit.
+        attributes: (module path, attribute, change a unit) for numbers of modules that count units or channels.
+        least: Units that must stay: 1 where the block cannot do without (most can).
     """
 
     name: str
@@ -50,57 +104,48 @@ class Site:
     layer: int
     total: int
     width: int
-    producers: tuple[str, ...]
-    consumer: str
+    parts: tuple[Part, ...]
+    cuts: tuple[Cut, ...]
     hidden: int
-    biases: int
-    after: str | None = None
-    core: str | None = None
-    returns: int = 0
+    unit_macs: int
+    unit_params: int
     attributes: tuple[tuple[str, str, int], ...] = ()
-    table: int = 0
+    least: int = 0
 
     @property
     def units(self) -> list[Unit]:
         """All units, in the order of the weights."""
         return [Unit(self.name, i) for i in range(self.total)]
 
-    def unit_macs(self, seq_len: int) -> int:
-        """MACs of one unit over one sample of `seq_len` tokens; attention products included.
-
-        Source: METHOD.md 5: a head costs S*4*d*d_h + 2*S^2*d_h, a neuron 2*S*d (3*S*d where it is gated).
-        """
-        linear = seq_len * (len(self.producers) + 1) * self.hidden * self.width
-        linear += self.table * (self.hidden + seq_len) * self.width
-        return linear + (2 * seq_len**2 * self.width if self.kind == "attention" else 0)
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Paths of the output projections."""
+        return tuple(part.consumer for part in self.parts)
 
     @property
-    def unit_params(self) -> int:
-        """Parameters of one unit."""
-        return self.width * ((len(self.producers) + 1) * self.hidden + self.biases)
+    def producers(self) -> tuple[str, ...]:
+        """Paths of the modules that lose rows: query, key, value; or up, gate."""
+        paths = dict.fromkeys(c.path for c in self.cuts if c.tensor == "weight")
+        return tuple(p for p in paths if not p.startswith(self.consumers))
 
 
 class Sites(list[Site]):
     """The sites of a model in the order in which they run, and the cost of what is no site.
 
     Attributes:
-        token_macs: MACs for each token, outside the sites (a language model's head, say).
-        sample_macs: MACs for each sample, outside the sites (a pooler, a classifier).
+        other_macs: MACs for each sample, outside the sites (a language model's head, a classifier).
         other_params: Parameters outside the sites; embeddings are here.
-        seq_len: Tokens of a sample, at which MACs are counted unless told otherwise.
+        seq_len: Tokens of a sample, at which MACs were counted; None where the input is no text.
     """
 
-    def __init__(self, sites: Iterable[Site], *, token_macs: int, sample_macs: int, other_params: int, seq_len: int):
+    def __init__(self, sites: Iterable[Site], *, other_macs: int, other_params: int, seq_len: int | None):
         """Take the sites and the fixed costs, see the class."""
         super().__init__(sites)
-        self.token_macs, self.sample_macs, self.other_params = token_macs, sample_macs, other_params
-        self.seq_len = seq_len
+        self.other_macs, self.other_params, self.seq_len = other_macs, other_params, seq_len
 
-    def macs(self, seq_len: int | None = None, kept: dict[str, int] | None = None) -> int:
+    def macs(self, kept: dict[str, int] | None = None) -> int:
         """MACs of one forward pass over one sample; `kept` gives units left by site (default: all)."""
-        seq_len = seq_len or self.seq_len
-        units = sum(site.unit_macs(seq_len) * (kept or {}).get(site.name, site.total) for site in self)
-        return units + self.token_macs * seq_len + self.sample_macs
+        return self.other_macs + sum(s.unit_macs * (kept or {}).get(s.name, s.total) for s in self)
 
     def params(self, kept: dict[str, int] | None = None) -> int:
         """Parameters of the model; `kept` gives units left by site (default: all)."""

@@ -5,41 +5,20 @@ The smaller model must equal the gated one, in which the removed units' gates ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..inputs import made_up_inputs
 from ..layers import inputs_of
-from .discovery import find_sites, tiny_batch
-from .sites import Plan, Site, SitePlan, Sites
+from .cutting import EmptiedAttention, Undo, cut_site, read_number
+from .discovery import find_sites
+from .sites import Plan, Sites
+from .trial import difference, first_output, gates_at_zero
 
-TOLERANCE = 1e-5
 CONFIG_VERSION = 1
-
-
-class EmptiedAttention(nn.Module):
-    """Stands where an attention without heads stood: nothing is computed, the output projection adds its bias.
-
-    The file that travels with a checkpoint (publish/modeling_kdprune.py) imports nothing of this package, so it has its
-    own copy of this class.
-    """
-
-    def __init__(self, returns: int, name: str | None = None, consumer: nn.Module | None = None):
-        """Take the length of the tuple to return (0: a tensor) and the output projection, if it lies in here."""
-        super().__init__()
-        self.returns, self.name = returns, name
-        if name:
-            self.add_module(name, consumer)
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple:
-        """(batch, seq, hidden) -> (batch, seq, 0), or what the output projection makes of it."""
-        output = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
-        if self.name:
-            output = self.get_submodule(self.name)(output)
-        return (output, *[None] * (self.returns - 1)) if self.returns else output
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, batch: dict[str, Tensor] | None = None) -> None:
@@ -56,16 +35,21 @@ def apply_plan(model: PreTrainedModel, plan: Plan, batch: dict[str, Tensor] | No
     """
     sites = find_sites(model, batch)
     check_plan(sites, plan)
-    batch = tiny_batch(model) if batch is None else inputs_of(batch)
+    batch = made_up_inputs(model) if batch is None else inputs_of(batch)
     training = model.training
     model.eval()
-    undo: list[Callable[[], None]] = []
+    undo: Undo = []
     try:
         with gated(model, plan, sites):
             expected = first_output(model, batch)
         for site in sites:
-            cut_site(model, site, plan[site.name], undo)
-        check_equal(expected, first_output(model, batch))
+            cut_site(model, site, plan[site.name].kept, undo)
+        apart, allowed = difference(expected, first_output(model, batch))
+        if not apart <= allowed:
+            raise RuntimeError(
+                f"surgery must be exact: the smaller model differs from the gated one by {apart:.2e}, allowed are "
+                f"{allowed:.2e}. The model was left as it was; please report this model class"
+            )
     except BaseException:
         for restore in reversed(undo):
             restore()
@@ -85,6 +69,9 @@ def check_plan(sites: Sites, plan: Plan) -> None:
     for site in plan.sites:
         if len(set(site.kept)) != len(site.kept) or not set(site.kept) <= set(range(site.total)):
             raise ValueError(f"{site.name}: kept must be distinct indices below {site.total}, got {site.kept[:20]}")
+    for site in sites:
+        if len(plan[site.name].kept) < site.least:
+            raise ValueError(f"{site.name}: must keep {site.least} unit, its block cannot do without; the plan keeps none")
 
 
 @contextmanager
@@ -92,74 +79,8 @@ def gated(model: PreTrainedModel, plan: Plan, sites: Sites | None = None) -> Ite
     """Within the context, the gates of the units that `plan` removes are 0; the weights are untouched."""
     sites = find_sites(model) if sites is None else sites
     check_plan(sites, plan)
-
-    def gate(site: Site) -> Callable:
-        mask = torch.zeros(site.total)
-        mask[sorted(plan[site.name].kept)] = 1
-        mask = mask.repeat_interleave(site.width)
-        return lambda module, args: (args[0] * mask.to(args[0]), *args[1:])
-
-    with ExitStack() as stack:
-        for site in sites:
-            hook = model.get_submodule(site.consumer).register_forward_pre_hook(gate(site))
-            stack.callback(hook.remove)
+    with gates_at_zero(model, {site.name: plan[site.name].kept for site in sites}, sites):
         yield
-
-
-@torch.no_grad()
-def first_output(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The logits, or whatever the model gives first."""
-    return model(**batch)[0].float()
-
-
-def check_equal(expected: Tensor, got: Tensor) -> None:
-    """Raise unless the two agree to 1e-5 of their scale (at least 1; fp32)."""
-    difference = float((expected - got).abs().max())
-    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
-    if not difference <= allowed:
-        raise RuntimeError(
-            f"surgery must be exact: the smaller model differs from the gated one by {difference:.2e}, allowed are "
-            f"{allowed:.2e}. The model was left as it was; please report this model class"
-        )
-
-
-def cut_site(model: nn.Module, site: Site, plan: SitePlan, undo: list[Callable[[], None]]) -> None:
-    """Cut one site; what reverses it is appended to `undo`."""
-    kept = torch.tensor(sorted(plan.kept), dtype=torch.long)
-    channels = (kept[:, None] * site.width + torch.arange(site.width)).flatten()
-    for path in site.producers:
-        cut_linear(model.get_submodule(path), channels, 0, undo)
-    cut_linear(model.get_submodule(site.consumer), channels, 1, undo)
-    for path, name, unit in site.attributes:
-        module = model.get_submodule(path)
-        undo.append(lambda module=module, name=name, old=getattr(module, name): setattr(module, name, old))
-        setattr(module, name, unit * len(kept))
-    if site.core and not len(kept):
-        old = model.get_submodule(site.core)
-        inner = consumer_inside(site)
-        model.set_submodule(
-            site.core, EmptiedAttention(site.returns, inner, model.get_submodule(site.consumer) if inner else None)
-        )
-        undo.append(lambda: model.set_submodule(site.core, old))
-
-
-def consumer_inside(site: Site) -> str | None:
-    """The name of the output projection within the attention module, or None if it lies outside."""
-    inside = site.core is not None and site.consumer.startswith(site.core + ".")
-    return site.consumer[len(site.core) + 1 :] if inside else None
-
-
-def cut_linear(linear: nn.Linear, channels: Tensor, dim: int, undo: list[Callable[[], None]]) -> None:
-    """Keep the given rows (dim 0) or columns (dim 1) of a linear layer, in place."""
-    names = ("weight", "bias") if dim == 0 and linear.bias is not None else ("weight",)
-    for name in names:
-        old = getattr(linear, name)
-        undo.append(lambda name=name, old=old: setattr(linear, name, old))
-        new = old.detach().index_select(dim, channels.to(old.device)).clone()
-        setattr(linear, name, nn.Parameter(new, requires_grad=old.requires_grad))
-    size = "out_features" if dim == 0 else "in_features"
-    undo.append(lambda old=getattr(linear, size): setattr(linear, size, old))
-    setattr(linear, size, len(channels))
 
 
 def describe(model: PreTrainedModel, sites: Sites, plan: Plan) -> None:
@@ -168,13 +89,15 @@ def describe(model: PreTrainedModel, sites: Sites, plan: Plan) -> None:
     described = dict(section["sites"])
     for site in sites:
         kept = len(plan[site.name].kept)
-        linears = {path: [kept * site.width, site.hidden] for path in site.producers}
-        linears[site.consumer] = [site.hidden, kept * site.width]
-        entry = {"kind": site.kind, "units": kept, "linears": linears, "attributes": {}}
-        for path, name, unit in site.attributes:
-            entry["attributes"].setdefault(path, {})[name] = unit * kept
-        if site.core and not kept:
-            entry["emptied"] = {"core": site.core, "returns": site.returns, "consumer": consumer_inside(site)}
+        emptied = [vars(part) | {"inner": part.inner} for part in site.parts if part.core and not kept]
+        entry = {"kind": site.kind, "units": kept, "tensors": {}, "attributes": {}, "emptied": emptied}
+        for cut in site.cuts:
+            module = dict(model.named_modules()).get(cut.path)
+            if module is not None:  # it went with an emptied attention
+                entry["tensors"][cut.name] = list(getattr(module, cut.tensor).shape)
+        for path, name, _ in site.attributes:
+            if path in dict(model.named_modules()) and not isinstance(model.get_submodule(path), EmptiedAttention):
+                entry["attributes"].setdefault(path, {})[name] = read_number(model.get_submodule(path), name)
         described[site.name] = entry
     model.config.kdprune = {"version": CONFIG_VERSION, "sites": described}
     model.kdprune_plan = plan

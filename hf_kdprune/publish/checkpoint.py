@@ -248,4 +248,3 @@ def compare_reloaded(folder: str, auto: str) -> None:
         difference = float((probe_output(load(), probe) - expected).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
             raise SystemExit(f"outputs after reload differ by {difference:.2e}")
-

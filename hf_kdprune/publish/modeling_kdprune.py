@@ -4,9 +4,10 @@ Every class of transformers has a compact twin here under its own name (`modelin
 same class, whose layers take the shapes that `config.kdprune` states before the weights are loaded.
 """
 
+import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 VERSION = 1
 
@@ -14,18 +15,45 @@ VERSION = 1
 class EmptiedAttention(nn.Module):
     """Stands where an attention without heads stood: nothing is computed, the output projection adds its bias."""
 
-    def __init__(self, returns, name=None, consumer=None):
+    def __init__(self, returns, name=None, consumer=None, cache=None):
         super().__init__()
-        self.returns, self.name = returns, name
+        self.returns, self.name, self.cache = returns, name, cache
         if name:
             self.add_module(name, consumer)
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         """(batch, seq, hidden) -> (batch, seq, 0), or what the output projection makes of it."""
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        hidden_states = next(value for value in given if isinstance(value, torch.Tensor))
+        for cache in (value for value in given if isinstance(value, Cache) and self.cache is not None):
+            # the cache tells the length of the text by what its first layer holds
+            cache = getattr(cache, "self_attention_cache", cache)
+            empty = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(empty, empty, self.cache)
         output = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
         if self.name:
             output = self.get_submodule(self.name)(output)
         return (output, *[None] * (self.returns - 1)) if self.returns else output
+
+
+class LayerConfig:
+    """The config of the model as one layer sees it, which has other numbers than the rest."""
+
+    def __init__(self, config):
+        self.__dict__["config"] = config
+
+    def __getattr__(self, name):
+        if name == "config":  # not there yet while it is copied
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+def set_number(module, name, value):
+    """Set an attribute of `module`, or of its own view of the config where it is called "config...."."""
+    owner, _, name = name.rpartition(".")
+    if owner and not isinstance(module.config, LayerConfig):
+        module.config = LayerConfig(module.config)
+    setattr(module.config if owner else module, name, value)
 
 
 def reshape(model, section):
@@ -36,19 +64,17 @@ def reshape(model, section):
             "take the newer modeling_kdprune.py that belongs to the checkpoint"
         )
     for site in section["sites"].values():
-        for path, (rows, columns) in site["linears"].items():
-            linear = model.get_submodule(path)
-            linear.weight = nn.Parameter(linear.weight.detach()[:rows, :columns].clone())
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias.detach()[:rows].clone())
-            linear.out_features, linear.in_features = rows, columns
-        for path, values in site["attributes"].items():
-            for name, value in values.items():
-                setattr(model.get_submodule(path), name, value)
-        if emptied := site.get("emptied"):
-            inner = emptied["consumer"]
-            consumer = model.get_submodule(f"{emptied['core']}.{inner}") if inner else None
-            model.set_submodule(emptied["core"], EmptiedAttention(emptied["returns"], inner, consumer))
+        for name, shape in site["tensors"].items():
+            path, _, tensor = name.rpartition(".")
+            module = model.get_submodule(path)
+            old = getattr(module, tensor).detach()
+            setattr(module, tensor, nn.Parameter(old[tuple(slice(size) for size in shape)].clone()))
+        for path, numbers in site["attributes"].items():
+            for name, value in numbers.items():
+                set_number(model.get_submodule(path), name, value)
+        for part in site["emptied"]:
+            consumer = model.get_submodule(part["consumer"]) if part["inner"] else None
+            model.set_submodule(part["core"], EmptiedAttention(part["returns"], part["inner"], consumer, part["cache"]))
 
 
 def compact(stock):

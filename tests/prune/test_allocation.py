@@ -109,14 +109,13 @@ def test_a_plan_states_what_is_reached(scored):
     assert scores.plan("heads=0.5,ffn=0.25").budget["reached"] == {"heads": 0.5, "ffn": 0.25}
 
 
-def test_a_price_in_macs_depends_on_the_length(scored):
-    scores = scored(num_attention_heads=16)
-    for site in scores.sites:
-        worth = 1.0 if site.kind == "attention" else 0.1
-        scores.values[site.name] = worth + 1e-3 * torch.rand(site.total, dtype=torch.float64)
+def test_a_price_in_macs_depends_on_the_length(tiny):
+    model = tiny(num_attention_heads=16, max_position_embeddings=512)
     for seq_len, spared in ((12, "attention"), (500, "ffn")):  # a long text makes attention products, so heads, dear
-        scores.sites.seq_len = seq_len
-        plan = scores.plan("macs=0.9")
+        sites = find_sites(model, seq_len=seq_len)
+        worth = {s.name: torch.full((s.total,), 1.0 if s.kind == "attention" else 0.1).double() for s in sites}
+        values = {name: w + 1e-3 * torch.rand(len(w), dtype=torch.float64) for name, w in worth.items()}
+        plan = Scores(sites, values, {}, "by hand").plan("macs=0.9")
         assert all(not site.removed for site in plan.sites if site.kind == spared)
         assert plan.budget["seq_len"] == seq_len
 

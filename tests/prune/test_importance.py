@@ -44,7 +44,7 @@ def gates(model, sites, values):
         factor = values[site.name].repeat_interleave(site.width)
         return lambda module, args: (args[0] * factor, *args[1:])
 
-    hooks = [model.get_submodule(s.consumer).register_forward_pre_hook(scale(s)) for s in sites]
+    hooks = [model.get_submodule(s.consumers[0]).register_forward_pre_hook(scale(s)) for s in sites]
     try:
         yield
     finally:
@@ -130,12 +130,12 @@ def test_a_dead_unit_scores_zero_and_goes_first(tiny, ragged):
     with torch.no_grad():
         for site in (sites[0], sites[3]):
             columns = slice(dead[site.name] * site.width, (dead[site.name] + 1) * site.width)
-            model.get_submodule(site.consumer).weight[:, columns] = 0
+            model.get_submodule(site.consumers[0]).weight[:, columns] = 0
     scores = score_units(model, None, batches)
     assert {name: scores.values[name].argmin() for name in dead} == dead
     assert all(scores.values[name][unit] == 0 for name, unit in dead.items())
     assert int((table(scores) == 0).sum()) == 2
-    price = sum(s.unit_macs(scores.sites.seq_len) for s in sites if s.name in dead)
+    price = sum(s.unit_macs for s in sites if s.name in dead)
     plan = scores.plan(f"macs={1 - price / scores.sites.macs() + 1e-9:.9f}", round_to=1)
     assert {s.name: s.removed for s in plan.sites if s.removed} == {name: [unit] for name, unit in dead.items()}
 
@@ -234,7 +234,7 @@ def test_features_that_are_no_numbers_are_refused(tiny, ragged):
     model = tiny().train()
     with torch.no_grad():
         model.bert.encoder.layer[1].output.LayerNorm.weight[3] = float("nan")
-    with pytest.raises(ValueError, match="features must be finite; layer 2 gave NaN"):
+    with pytest.raises(ValueError, match="must give finite outputs, and gives NaN or infinity: look at its weights"):
         score_units(model, None, ragged(2, 4))
     assert model.training
 

@@ -26,7 +26,7 @@ def counted(model, seq_len):
 @pytest.mark.parametrize("seq_len", [5, 21])  # sites are traced at 8
 def test_macs_are_what_torch_counts(tiny, name, seq_len):
     model = tiny(name)
-    assert find_sites(model).macs(seq_len) == counted(model, seq_len)
+    assert find_sites(model, seq_len=seq_len).macs() == counted(model, seq_len)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -36,51 +36,51 @@ def test_macs_of_a_pruned_model_are_what_torch_counts(tiny, name):
     plan = Plan.random(sites, "macs=0.6", seed=3)
     apply_plan(model, plan)
     assert sites.macs(kept={site: len(kept) for site, kept in plan.kept.items()}) == counted(model, 21)
-    assert find_sites(model).macs(21) == counted(model, 21)
+    assert find_sites(model, seq_len=21).macs() == counted(model, 21)
 
 
 def test_macs_of_an_emptied_model_are_what_torch_counts(tiny, keep):
     model = tiny()
-    sites = find_sites(model)
+    sites = find_sites(model, seq_len=21)
     apply_plan(model, keep(sites, {s.name: [] for s in sites}))
-    left = trace_sites(model)
-    assert left.macs(21) == sites.macs(21, {s.name: 0 for s in sites}) == counted(model, 21)
+    left = trace_sites(model, seq_len=21)
+    assert left.macs() == sites.macs({s.name: 0 for s in sites}) == counted(model, 21)
     assert left.params() == model.num_parameters()
 
 
 @pytest.mark.parametrize(("name", "auto"), [("bert", AutoModelForMaskedLM), ("llama", AutoModelForCausalLM)])
 def test_macs_of_a_head_that_runs_at_each_token(tiny, name, auto):
     model = tiny(name, auto=auto)
-    assert find_sites(model).macs(21) == counted(model, 21)
+    assert find_sites(model, seq_len=21).macs() == counted(model, 21)
 
 
 def test_macs_do_not_depend_on_the_attention_implementation(tiny):
-    assert find_sites(tiny(attention="sdpa")).macs(21) == counted(tiny(attention="eager"), 21)
+    assert find_sites(tiny(attention="sdpa"), seq_len=21).macs() == counted(tiny(attention="eager"), 21)
 
 
 def test_macs_of_the_real_minilm(minilm_copy):
     minilm_copy.set_attn_implementation("eager")
-    assert find_sites(minilm_copy).macs(17) == counted(minilm_copy, 17)
+    assert find_sites(minilm_copy, seq_len=17).macs() == counted(minilm_copy, 17)
 
 
 def test_price_of_a_unit_as_the_method_states_it(tiny):
-    head, neuron = find_sites(tiny())[:2]
-    gated = find_sites(tiny("llama"))[1]
     s, d, d_h = 21, 32, 8
-    assert head.unit_macs(s) == s * 4 * d * d_h + 2 * s**2 * d_h
-    assert neuron.unit_macs(s) == 2 * s * d
-    assert gated.unit_macs(s) == 3 * s * d
+    head, neuron = find_sites(tiny(), seq_len=s)[:2]
+    gated = find_sites(tiny("llama"), seq_len=s)[1]
+    assert head.unit_macs == s * 4 * d * d_h + 2 * s**2 * d_h
+    assert neuron.unit_macs == 2 * s * d
+    assert gated.unit_macs == 3 * s * d
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "deberta_v2"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_one_unit_less_costs_one_unit_less(tiny, keep, name, index):
     model = tiny(name)
-    site = find_sites(model)[index]
+    site = find_sites(model, seq_len=13)[index]
     params, macs = model.num_parameters(), counted(model, 13)
     apply_plan(model, keep(find_sites(model), {site.name: range(1, site.total)}))
     assert params - model.num_parameters() == site.unit_params
-    assert macs - counted(model, 13) == site.unit_macs(13)
+    assert macs - counted(model, 13) == site.unit_macs
 
 
 def test_a_plan_is_read_as_it_was_written(tiny, tmp_path):

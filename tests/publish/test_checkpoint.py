@@ -136,8 +136,8 @@ def test_config_states_the_shapes(tmp_path):
     assert config["kdprune"]["version"] == 1
     weights = load_file(tmp_path / "compact" / "model.safetensors")
     for site in config["kdprune"]["sites"].values():
-        for path, shape in site["linears"].items():
-            assert list(weights[f"{path}.weight"].shape) == shape
+        for name, shape in site["tensors"].items():
+            assert list(weights[name].shape) == shape
     assert config["auto_map"] == {
         "AutoModelForSequenceClassification": "modeling_kdprune.BertForSequenceClassification"
     }

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...layers import LayerMatch, hidden_states, match_layers, real_positions, target_features
+from ..experts import readable_experts
 from ..sites import Site, Sites
 from .asked import Asked
 
@@ -114,27 +115,32 @@ def still(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gate_inputs(model: nn.Module, sites: Sites) -> Iterator[dict[str, Tensor]]:
-    """Yield site name -> what its output projection reads (batch, seq, total * width), refilled by each forward pass."""
-    inputs: dict[str, Tensor] = {}
+def gate_inputs(model: nn.Module, sites: Sites) -> Iterator[dict[str, list[Tensor]]]:
+    """Yield site name -> what its output projections read, each (batch, seq, total * width), refilled by each forward pass.
+
+    A site has several where its units are computed in several places, or run more than once in a pass.
+    """
+    inputs: dict[str, list[Tensor]] = {}
 
     def catch(module: nn.Module, args: tuple, name: str) -> tuple:
         # The first site of the model starts the graph: nothing before it needs a gradient.
         read = args[0] if args[0].requires_grad else args[0].detach().requires_grad_(True)
-        inputs[name] = read
+        inputs.setdefault(name, []).append(read)
         return (read, *args[1:])
 
-    with ExitStack() as stack:
+    with readable_experts(model), ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(lambda module, args: inputs.clear()).remove)
         for site in sites:
-            hook = model.get_submodule(site.consumer).register_forward_pre_hook(
-                lambda module, args, name=site.name: catch(module, args, name)
-            )
-            stack.callback(hook.remove)
+            for consumer in site.consumers:
+                hook = model.get_submodule(consumer).register_forward_pre_hook(
+                    lambda module, args, name=site.name: catch(module, args, name)
+                )
+                stack.callback(hook.remove)
         yield inputs
 
 
 def unit_gradients(
-    outputs: list[Tensor], weights: list[Tensor] | None, inputs: dict[str, Tensor], sites: Sites, samples: int
+    outputs: list[Tensor], weights: list[Tensor] | None, inputs: dict[str, list[Tensor]], sites: Sites, samples: int
 ) -> Iterator[tuple[Site, Tensor]]:
     """The derivative of sum(weights * outputs) by each gate, a sample at a time.
 
@@ -143,9 +149,14 @@ def unit_gradients(
     Yields:
         A site and (batch, units) in float64 on the CPU.
     """
-    reads = [inputs[s.name] for s in sites]
-    gradients = torch.autograd.grad(outputs, reads, grad_outputs=weights, retain_graph=weights is None)
-    for site, gradient in zip(sites, gradients, strict=True):
-        product = inputs[site.name].detach().float() * gradient.float()
-        per_unit = product.reshape(samples, -1, product.shape[-1]).sum(1)  # some models join batch and seq
-        yield site, per_unit.unflatten(-1, (site.total, site.width)).sum(-1).double().cpu()
+    reads = [read for s in sites for read in inputs[s.name]]
+    found = torch.autograd.grad(outputs, reads, grad_outputs=weights, retain_graph=weights is None, allow_unused=True)
+    gradients = iter(found)
+    for site in sites:
+        total = torch.zeros(samples, site.total, dtype=torch.float64)
+        for read in inputs[site.name]:
+            if (gradient := next(gradients)) is not None:  # no feature sees a block behind the last of them
+                product = read.detach().float() * gradient.float()
+                per_unit = product.reshape(samples, -1, product.shape[-1]).sum(1)  # some models join batch and seq
+                total += per_unit.unflatten(-1, (site.total, site.width)).sum(-1).double().cpu()
+        yield site, total
