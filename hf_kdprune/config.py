@@ -10,8 +10,7 @@ from .distill.objective import TERMS, Objective
 from .prune.budget import Budget
 from .prune.importance import check_importance
 from .prune.schedule import SCHEDULES, Pruning
-
-SHAPES = ("free",)
+from .prune.uniform import SHAPES
 
 
 @dataclass
@@ -36,7 +35,7 @@ class KDPruneConfig(TrainingArguments):
     importance: str = field(default="feature_loss", metadata={"help": "The score that ranks units."})
     repair: bool = field(default=True, metadata={"help": "Refit output projections in closed form after surgery."})
     schedule: str = field(default="one_shot", metadata={"help": "one_shot."})
-    shapes: str = field(default="free", metadata={"help": "free: every layer its own shape."})
+    shapes: str = field(default="free", metadata={"help": "free, uniform (all layers alike), or stock (no custom code)."})
     round_to: int = field(default=8, metadata={"help": "FFN widths are multiples of it (1: any)."})
     calibration_samples: int = field(default=1024, metadata={"help": "Training samples that rank and repair use."})
 
@@ -61,4 +60,4 @@ class KDPruneConfig(TrainingArguments):
     def pruning(self) -> Pruning:
         """How to prune, as set here; the probe's seed follows `data_seed`, else `seed`."""
         seed = self.seed if self.data_seed is None else self.data_seed
-        return Pruning(self.budget, self.importance, self.repair, self.round_to, seed)
+        return Pruning(self.budget, self.importance, self.repair, self.round_to, self.shapes, seed)

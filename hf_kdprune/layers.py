@@ -5,11 +5,12 @@ Both losses read this file, so it stands above the rooms that hold them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Batch = dict[str, Tensor]
@@ -48,7 +49,38 @@ def inputs_of(batch: Batch) -> Batch:
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
     """Features of every layer, embeddings first: each (batch, seq, hidden). Labels are not looked at."""
-    return model(**inputs_of(batch), output_hidden_states=True).hidden_states
+    return states_of(model(**inputs_of(batch), output_hidden_states=True))
+
+
+def states_of(output: object) -> tuple[Tensor, ...]:
+    """The hidden states in a model's output; of an encoder and a decoder, or of two towers, one after the other."""
+    if getattr(output, "hidden_states", None) is not None:
+        return tuple(output.hidden_states)
+    stacks = [getattr(output, f"{stack}_hidden_states", None) for stack in ("encoder", "decoder")]
+    towers = [getattr(output, f"{tower}_model_output", None) for tower in ("text", "vision")]
+    found = [s for s in (*stacks, *(getattr(t, "hidden_states", None) for t in towers)) if s is not None]
+    if not found:
+        raise ValueError(f"features are hidden states, and {type(output).__name__} has none: rank by 'magnitude' instead")
+    return tuple(state for stack in found for state in stack)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode within the context; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def depth_of(model: PreTrainedModel, batch: Batch) -> int:
+    """Number of layers that have features, embeddings not counted."""
+    with evaluating(model), torch.no_grad():
+        return len(hidden_states(model, {k: v[:1] for k, v in batch.items()})) - 1
 
 
 def real_positions(batch: Batch) -> Tensor:
@@ -60,15 +92,30 @@ def real_positions(batch: Batch) -> Tensor:
 
 
 def positions_of(batch: Batch, features: Tensor) -> Tensor:
-    """(batch, seq), True where `features` (batch, seq, hidden), or with batch and seq joined, stand at no padding.
+    """True where `features` (batch, seq, hidden), or with batch and seq joined, stand at no padding: (batch, seq).
 
     They stand at the tokens of the batch, at those of its decoder, or, as in images, at nothing that is ever padded.
+
+    Raises:
+        ValueError: There is padding, at positions that are not those of the features (raw audio).
     """
     count = features.shape[:-1].numel()
-    for name in ("attention_mask", "decoder_attention_mask"):
-        if name in batch and batch[name].dim() == 2 and batch[name].numel() == count:
-            return batch[name].bool()
+    masks = [v for k, v in batch.items() if k in ("attention_mask", "decoder_attention_mask") and v.dim() == 2]
+    for mask in masks:
+        if mask.numel() == count:
+            return mask.bool()
+    text = "input_ids" in batch  # beside which there may be images, and encoder states of another length
+    if not text and any(not bool(mask.all()) for mask in masks):
+        raise ValueError(
+            f"features of {features.shape[1]} positions must be those of the inputs; attention_mask has "
+            f"{masks[0].shape[1]}, and it is not known which are padding: give inputs of equal length, without padding"
+        )
     return torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device)
+
+
+def at_real(features: Tensor, batch: Batch) -> Tensor:
+    """Features at real positions: (positions, hidden)."""
+    return features.flatten(0, -2)[positions_of(batch, features).flatten()]
 
 
 def layer_pairs(layer_map: str | list, students: int, teachers: int) -> list[tuple[int, int]]:
@@ -117,19 +164,15 @@ def match_layers(
         ValueError: The layer map does not fit, or a feature is NaN or infinite.
     """
     source = model if teacher is None else teacher
-    depth = (model.config.num_hidden_layers, source.config.num_hidden_layers)
-    pairs = layer_pairs(layer_map, *depth)
-    other = source is not model and source.config.hidden_size != model.config.hidden_size
-    modes = [(m, m.training) for m in {id(m): m for m in (model, source)}.values()]
-    for m, _ in modes:
-        m.eval()
-    width = source.config.hidden_size
-    try:
-        moments = joint_moments(source, model if other else None, enough(batches, width), pairs)
-    finally:
-        for m, mode in modes:
-            m.train(mode)
-    return [LayerMatch(s, t, *describe(m, width, other)) for (s, t), m in zip(pairs, moments, strict=True)]
+    with evaluating(model, source):
+        learnt, taught = (hidden_states(m, batches[0]) for m in (model, source))
+        pairs = layer_pairs(layer_map, len(learnt) - 1, len(taught) - 1)
+        widths = [(learnt[s].shape[-1], taught[t].shape[-1]) for s, t in pairs]
+        other = source is not model and any(s != t for s, t in widths)
+        some = enough(batches, max(t for _, t in widths))
+        moments = joint_moments(source, model if other else None, some, pairs)
+    described = [describe(m, t, other) for m, (_, t) in zip(moments, widths, strict=True)]
+    return [LayerMatch(s, t, *facts) for (s, t), facts in zip(pairs, described, strict=True)]
 
 
 def joint_moments(
@@ -138,14 +181,13 @@ def joint_moments(
     """Second moments of [teacher features, 1, student features if `model` is given] over real positions, by pair."""
     moments = [0.0] * len(pairs)
     for batch in batches:
-        mask = real_positions(batch)
         taught = hidden_states(source, batch)
         learnt = hidden_states(model, batch) if model is not None else taught
         for i, (s, t) in enumerate(pairs):
-            x = taught[t][mask].double()
+            x = at_real(taught[t], batch).double()
             if not bool(x.isfinite().all()):
                 raise ValueError(f"teacher features must be finite; layer {t} gave NaN or infinity: check the model")
-            parts = [x, x.new_ones(len(x), 1)] + ([learnt[s][mask].double()] if model is not None else [])
+            parts = [x, x.new_ones(len(x), 1)] + ([at_real(learnt[s], batch).double()] if model is not None else [])
             joint = torch.cat(parts, 1)
             moments[i] = moments[i] + (joint.T @ joint).cpu()
     return moments

@@ -18,7 +18,7 @@ from .distill import auxiliary
 from .distill.objective import Objective
 from .distill.teacher import ask, check_teacher, frozen_copy
 from .inputs import at_length
-from .layers import LayerMatch, inputs_of, layer_pairs, match_layers, real_positions
+from .layers import LayerMatch, depth_of, inputs_of, layer_pairs, match_layers, real_positions
 from .prune.budget import Budget
 from .prune.discovery import find_sites
 from .prune.importance import mean_length
@@ -92,7 +92,7 @@ class KDPruneTrainer(Trainer):
         count = min(args.calibration_samples, len(train_dataset))
         self.calibration = self._batches(split(train_dataset, count, args.pruning().seed)[0])
         Budget.parse(args.budget).check(find_sites(model, self.calibration[0], mean_length(self.calibration)))
-        layer_pairs(args.layer_map, *(m.config.num_hidden_layers for m in (model, teacher or model)))
+        layer_pairs(args.layer_map, *(depth_of(m, self.calibration[0]) for m in (model, self.teacher or model)))
 
     def _batches(self, dataset: object) -> list[Batch]:
         """All of a small data set, collated as for training, the same on every rank."""

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, GPT2Config, TrainerCallback
-from transformers import GPT2ForSequenceClassification as GPT2
+from families import build
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, TrainerCallback
 
 from hf_kdprune import KDPruneConfig, KDPruneTrainer, Plan, load_pretrained
 
@@ -282,7 +282,7 @@ def test_unreachable_budget_is_refused_before_work(make):
         ({"train_dataset": rows(labelled=False)}, "need labels"),
         ({"train_dataset": rows(0)}, "at least 4 samples, got 0"),
         ({"train_dataset": rows().to_iterable_dataset()}, "must have a length"),
-        ({"model": GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100))}, "no prunable site"),
+        ({"model": build("squeezebert")}, "no prunable site"),
         ({"importance": "magic"}, "importance must be one of"),
         ({"logits_loss": "l1"}, "logits_loss must be one of"),
         ({"feature_loss": "l1"}, "feature_loss must be one of"),
@@ -292,7 +292,7 @@ def test_unreachable_budget_is_refused_before_work(make):
         ({"task_weight": 0.0, "logits_weight": 0.0, "features_weight": 0.0}, "not all 0"),
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"schedule": "gradual"}, "schedule must be one of"),
-        ({"shapes": "stock"}, "shapes must be one of"),
+        ({"shapes": "square"}, "shapes must be one of"),
         ({"round_to": 0}, "round_to must be at least 1"),
     ],
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .budget import KINDS, UNIT, WHOLE, Budget, Limit
 from .sites import Plan, Site, SitePlan, Sites
+from .uniform import allowed_kinds, uniform
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,36 @@ class Scores:
         values: Site name -> (units,) scores; squared (curvature) scores add up and share one list.
         errors: Site name -> (units,) standard errors; zeros where the score is exact.
         importance: The name of the score.
+        stock: The kinds of sites that the model's own class can have fewer of, in all layers alike.
     """
 
     sites: Sites
     values: dict[str, Tensor]
     errors: dict[str, Tensor]
     importance: str
+    stock: tuple[str, ...] = ("attention", "ffn")
 
-    def plan(self, budget: str, round_to: int = 8) -> Plan:
+    def plan(self, budget: str, round_to: int = 8, shapes: str = "free") -> Plan:
         """The plan that loses the least score under `budget`; runs no forward pass.
 
         Args:
             budget: "macs=0.5" and so on, see `Budget.parse`.
             round_to: FFN widths become multiples of it.
+            shapes: "free", "uniform" (every layer alike) or "stock" (what the model's own class can build).
 
         Raises:
-            ValueError: The text is no budget, it cannot be reached, or every unit of a site has the same score.
+            ValueError: The text is no budget, it cannot be reached in these shapes, or every unit of a site has the same
+                score.
         """
         parsed = Budget.parse(budget)
         parsed.check(self.sites)
         self.check()
         kept = {site.name: site.total for site in self.sites}
         for limit in parsed.limits:
-            self.remove(limit, round_to, kept)
+            if shapes == "free":
+                self.remove(limit, round_to, kept)
+            else:
+                kept |= uniform(self.sites, self.values, limit, round_to, allowed_kinds(shapes, limit, self.stock))
         reached = parsed.reached(self.sites, kept)
         share = next(iter(reached.values())) if len(reached) == 1 else reached
         facts = {"asked": parsed.asked, "reached": share, "seq_len": self.sites.seq_len}

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..inputs import at_length, made_up_inputs
-from ..layers import inputs_of
+from ..layers import evaluating, inputs_of
 from .describe import Found, experts_site, make_site, outer, with_macs
 from .experts import find_experts
 from .layout import Layout, find_layout
 from .sites import Site, Sites
-from .trace import LINEAR, evaluating, only_tables_learn, record, tables_of
-from .trial import first_output, tried
+from .trace import LINEAR, only_tables_learn, record, tables_of
+from .trial import first_output, in_float32, tried
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def trace_sites(model: PreTrainedModel, batch: dict[str, Tensor] | None = None, 
     counted = batch or tiny
     counted = at_length(counted, seq_len) if seq_len else counted
     blocks = enumerate_blocks(model)
-    with evaluating(model):
+    with evaluating(model), in_float32(model, tiny) as tiny:
         with only_tables_learn(model):
             layouts, sites = understood(model, tiny, blocks)
         sites = that_can_be_cut(model, sites, tiny)
@@ -80,7 +80,9 @@ def understood(model: nn.Module, batch: dict[str, Tensor], blocks: list[tuple[in
     layouts = [(*block, find_layout(trace, name, block[1], tables)) for name, block in inside]
     layouts = [found for found in layouts if found[2] is not None and not within_adapter(model, found[2])]
     sites = [site for group in coupled(layouts) if (site := make_site(model, trace, group)) is not None]
-    return layouts, sites + [experts_site(path, experts, block_of(blocks, path)) for path, experts in find_experts(model)]
+    sites += [experts_site(path, experts, block_of(blocks, path)) for path, experts in find_experts(model)]
+    ran = {outer(model, name): i for i, name in enumerate(trace.calls)}
+    return layouts, sorted(sites, key=lambda site: ran[site.parts[0].consumer])
 
 
 def within_adapter(model: nn.Module, layout: Layout) -> bool:
@@ -153,7 +155,7 @@ def refuse_unfit(model: nn.Module) -> None:
     """Raise if the weights of `model` could not be cut.
 
     Raises:
-        ValueError: It is wrapped, quantised, or partly not in memory.
+        ValueError: It is wrapped, quantised, compiled, or partly not in memory.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
@@ -165,6 +167,11 @@ def refuse_unfit(model: nn.Module) -> None:
         raise ValueError(
             f"{type(base).__name__} is quantised, and surgery cuts plain weights: load it without quantization_config, "
             "prune it, then quantise the smaller model"
+        )
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in base.modules()):
+        raise ValueError(
+            f"{type(base).__name__} was compiled in place, and a compiled graph sees no gates: prune the model first, then "
+            "call its compile()"
         )
     if away := [name for name, p in base.named_parameters() if p.is_meta]:
         raise ValueError(

@@ -167,8 +167,8 @@ def collect(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch], part
         if linear.bias is None:
             x[:, -1] = 0  # do not invent a bias
         y = target - (stream - wrote)
-        normal.xx += x.T @ x
-        normal.xy += x.T @ y
+        normal.xx += x.float().T @ x.float()  # the sums are in float64, the products of one batch need not be
+        normal.xy += x.float().T @ y.float()
         normal.yy += float(y.square().sum())
         normal.moment = normal.moment + target.sum(0)
         normal.square += float(target.square().sum())

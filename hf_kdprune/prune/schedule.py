@@ -26,6 +26,7 @@ class Pruning:
         importance: The score.
         repair: Whether to refit.
         round_to: FFN widths become multiples of it.
+        shapes: "free", "uniform" or "stock".
         seed: Of the probe.
     """
 
@@ -33,6 +34,7 @@ class Pruning:
     importance: str = "feature_loss"
     repair: bool = True
     round_to: int = 8
+    shapes: str = "free"
     seed: int = 0
 
 
@@ -53,7 +55,7 @@ def one_shot(
         pruning: The settings.
     """
     scores = score_units(model, teacher, batches, pruning.importance, matches=matches, seed=pruning.seed)
-    return scores.plan(pruning.budget, pruning.round_to)
+    return scores.plan(pruning.budget, pruning.round_to, pruning.shapes)
 
 
 def realise(

@@ -15,8 +15,10 @@ from ..inputs import made_up_inputs
 from ..layers import inputs_of
 from .cutting import EmptiedAttention, Undo, cut_site, read_number
 from .discovery import find_sites
-from .sites import Plan, Sites
-from .trial import difference, first_output, gates_at_zero
+from .experts import READ
+from .sites import Plan, Site, Sites
+from .stock import adopt, stock_config
+from .trial import STEP, difference, first_output, gates_at_zero, in_float32
 
 CONFIG_VERSION = 1
 
@@ -36,27 +38,39 @@ def apply_plan(model: PreTrainedModel, plan: Plan, batch: dict[str, Tensor] | No
     sites = find_sites(model, batch)
     check_plan(sites, plan)
     batch = made_up_inputs(model) if batch is None else inputs_of(batch)
+    stock = stock_config(model, sites, {s.name: len(plan[s.name].kept) for s in sites})
     training = model.training
     model.eval()
     undo: Undo = []
     try:
-        with gated(model, plan, sites):
-            expected = first_output(model, batch)
-        for site in sites:
-            cut_site(model, site, plan[site.name].kept, undo)
-        apart, allowed = difference(expected, first_output(model, batch))
-        if not apart <= allowed:
-            raise RuntimeError(
-                f"surgery must be exact: the smaller model differs from the gated one by {apart:.2e}, allowed are "
-                f"{allowed:.2e}. The model was left as it was; please report this model class"
-            )
-    except BaseException:
-        for restore in reversed(undo):
-            restore()
-        raise
+        with in_float32(model, batch) as batch:
+            try:
+                cut_checked(model, plan, sites, batch, undo)
+            except BaseException:
+                for restore in reversed(undo):
+                    restore()
+                raise
     finally:
         model.train(training)
-    describe(model, sites, plan)
+    if stock is None:
+        describe(model, sites, plan)
+    else:  # its own class builds it
+        adopt(model.config, stock)
+    model.kdprune_plan = plan
+
+
+def cut_checked(model: PreTrainedModel, plan: Plan, sites: Sites, batch: dict[str, Tensor], undo: Undo) -> None:
+    """Cut, and raise where the smaller model is not the gated one; what reverses it is appended to `undo`."""
+    with gated(model, plan, sites):
+        expected = first_output(model, batch)
+    for site in sites:
+        cut_site(model, site, plan[site.name].kept, undo)
+    apart, allowed = difference(expected, first_output(model, batch))
+    if not apart <= allowed:
+        raise RuntimeError(
+            f"surgery must be exact: the smaller model differs from the gated one by {apart:.2e}, allowed are "
+            f"{allowed:.2e}. The model was left as it was; please report this model class"
+        )
 
 
 def check_plan(sites: Sites, plan: Plan) -> None:
@@ -70,8 +84,16 @@ def check_plan(sites: Sites, plan: Plan) -> None:
         if len(set(site.kept)) != len(site.kept) or not set(site.kept) <= set(range(site.total)):
             raise ValueError(f"{site.name}: kept must be distinct indices below {site.total}, got {site.kept[:20]}")
     for site in sites:
-        if len(plan[site.name].kept) < site.least:
-            raise ValueError(f"{site.name}: must keep {site.least} unit, its block cannot do without; the plan keeps none")
+        count = len(plan[site.name].kept)
+        if count < site.least:
+            raise ValueError(
+                f"{site.name}: must keep {site.least} or more, its block cannot do without; the plan keeps {count or 'none'}"
+            )
+        if site.consumers[0].endswith(f".{READ}") and count < site.total and count % STEP:
+            raise ValueError(
+                f"{site.name}: experts must keep a multiple of {STEP} neurons, since grouped products read rows of 16 bytes; "
+                f"the plan keeps {count}: take round_to={STEP}"
+            )
 
 
 @contextmanager
@@ -84,20 +106,38 @@ def gated(model: PreTrainedModel, plan: Plan, sites: Sites | None = None) -> Ite
 
 
 def describe(model: PreTrainedModel, sites: Sites, plan: Plan) -> None:
-    """Write into the config what rebuilds the shapes before weights load, and keep the plan with the model."""
+    """Write into the config what rebuilds the shapes before weights load."""
     section = getattr(model.config, "kdprune", None) or {"version": CONFIG_VERSION, "sites": {}}
     described = dict(section["sites"])
     for site in sites:
-        kept = len(plan[site.name].kept)
-        emptied = [vars(part) | {"inner": part.inner} for part in site.parts if part.core and not kept]
-        entry = {"kind": site.kind, "units": kept, "tensors": {}, "attributes": {}, "emptied": emptied}
-        for cut in site.cuts:
-            module = dict(model.named_modules()).get(cut.path)
-            if module is not None:  # it went with an emptied attention
-                entry["tensors"][cut.name] = list(getattr(module, cut.tensor).shape)
-        for path, name, _ in site.attributes:
-            if path in dict(model.named_modules()) and not isinstance(model.get_submodule(path), EmptiedAttention):
-                entry["attributes"].setdefault(path, {})[name] = read_number(model.get_submodule(path), name)
-        described[site.name] = entry
+        described[site.name] = entry(model, site, plan[site.name].kept, described.get(site.name, {}))
     model.config.kdprune = {"version": CONFIG_VERSION, "sites": described}
-    model.kdprune_plan = plan
+
+
+def entry(model: PreTrainedModel, site: Site, kept: list[int], earlier: dict) -> dict:
+    """What config.json says of one site: the shapes and numbers that are left, those of an earlier pruning included."""
+    modules = {merged(p): m for p, m in model.named_modules() if not isinstance(m, EmptiedAttention) and ".lora_" not in p}
+    tensors = dict.fromkeys((*earlier.get("tensors", ()), *(merged(cut.name) for cut in site.cuts)))
+    numbers = [(p, n) for p, known in earlier.get("attributes", {}).items() for n in known]
+    numbers += [(merged(path), name) for path, name, _ in site.attributes]
+    attributes: dict[str, dict[str, int]] = {}
+    for path, name in numbers:
+        if path in modules:
+            attributes.setdefault(path, {})[name] = read_number(modules[path], name)
+    found = {name: name.rpartition(".") for name in tensors}
+    emptied = [part for part in site.parts if part.core and not kept]
+    return {
+        "kind": site.kind,
+        "units": len(kept),
+        "tensors": {n: list(getattr(modules[path], key).shape) for n, (path, _, key) in found.items() if path in modules},
+        "attributes": attributes,
+        "emptied": [
+            {"core": merged(p.core), "consumer": merged(p.consumer), "inner": p.inner, "returns": p.returns, "cache": p.cache}
+            for p in emptied
+        ],
+    }
+
+
+def merged(path: str) -> str:
+    """The path of a layer, or of a tensor of it, once adapters of PEFT are merged."""
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")

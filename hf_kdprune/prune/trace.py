@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..layers import evaluating
 from .experts import READ, readable_experts
 
 LINEAR = (nn.Linear, Conv1D)
@@ -80,18 +81,6 @@ def record(model: nn.Module, batch: dict[str, Tensor], graph: bool) -> Trace:
             stack.callback(hook.remove)
         model(**batch)
     return trace
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def direct_macs(module: nn.Module, read: Tensor, wrote: Tensor) -> int:

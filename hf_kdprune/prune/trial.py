@@ -35,10 +35,38 @@ def gates_at_zero(model: nn.Module, kept: dict[str, list[int]], sites: Sequence[
         yield
 
 
+@contextmanager
+def in_float32(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Within the context, what `model` holds in half precision is float32, in which 1e-5 can be told; gives `batch` alike.
+
+    Behind it each parameter is of its own type again, bit by bit, also one that was made smaller.
+    """
+
+    def named() -> dict[str, Tensor]:
+        return dict([*model.named_parameters(), *model.named_buffers()])
+
+    types = {name: t.dtype for name, t in named().items() if half(t)}
+    try:
+        for name, t in named().items():
+            if name in types:
+                t.data = t.data.float()
+        yield {name: t.float() if types and half(t) else t for name, t in batch.items()}
+    finally:
+        for name, t in named().items():
+            if name in types:
+                t.data = t.data.to(types[name])
+
+
+def half(tensor: Tensor) -> bool:
+    """Whether `tensor` is of floats of less than 32 bits."""
+    return tensor.is_floating_point() and tensor.itemsize < 4
+
+
 @torch.no_grad()
 def first_output(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The logits, or whatever the model gives first."""
-    return model(**batch)[0].float()
+    """The logits, or whatever the model gives first; of a backbone's features, those of its last stage."""
+    first = model(**batch)[0]
+    return (first[-1] if isinstance(first, tuple) else first).float()
 
 
 def difference(expected: Tensor, got: Tensor) -> tuple[float, float]:
@@ -60,8 +88,8 @@ def tried(model: nn.Module, site: Site, batch: dict[str, Tensor]) -> tuple[Site 
     reason = failure(model, site, list(range(step, site.total)), batch) if site.total > step else ""
     if reason:
         return None, reason
-    emptied = failure(model, site, [], batch)
-    return replace(site, least=int(bool(emptied))), ""
+    least = next(n for n in (0, 1, step) if n == step or not failure(model, site, list(range(n)), batch))
+    return replace(site, least=min(least, site.total)), ""
 
 
 def failure(model: nn.Module, site: Site, kept: list[int], batch: dict[str, Tensor]) -> str:

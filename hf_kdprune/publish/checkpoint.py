@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..inputs import made_up_inputs
+from ..layers import evaluating
 from ..prune.sites import Plan
 from . import modeling_kdprune
 from .card import write_card
@@ -37,7 +40,7 @@ def save_pretrained(
     *,
     report: dict | None = None,
     verify: bool = True,
-    state_dict: dict[str, Tensor] | None = None,
+    **options: object,
 ) -> str:
     """Save a model that was (or was not) made smaller as an ordinary checkpoint.
 
@@ -48,7 +51,8 @@ def save_pretrained(
         processing_class: Tokenizer or processor, saved along.
         report: What the card shows; with it report.json, README.md and pictures are written.
         verify: Reload the checkpoint in a fresh process and compare the outputs.
-        state_dict: The weights where `model` does not hold them whole (FSDP).
+        **options: For transformers' own save_pretrained: max_shard_size, or state_dict where `model` does not hold the
+            weights whole (FSDP).
 
     Returns:
         The line that loads it.
@@ -59,9 +63,12 @@ def save_pretrained(
     """
     path = Path(path)
     check_writable(path.parent)
+    if hasattr(model, "get_base_model"):  # the checkpoint is an ordinary one: adapters go into the weights
+        plan, model = getattr(model, "kdprune_plan", None), copy.deepcopy(model).merge_and_unload()
+        model.kdprune_plan = plan
     auto = auto_class(model)
     with staged(path) as folder:
-        write_model(model, folder, auto, state_dict)
+        write_model(model, folder, auto, **options)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
         if report is not None:
@@ -72,15 +79,19 @@ def save_pretrained(
     return load_line(model, str(path))
 
 
-def write_model(model: PreTrainedModel, folder: Path, auto: str, state_dict: dict[str, Tensor] | None) -> None:
-    """Weights, config and plan; for a smaller model also the file that travels along."""
+def write_model(
+    model: PreTrainedModel, folder: Path, auto: str, state_dict: dict[str, Tensor] | None = None, **options: object
+) -> None:
+    """Weights, config and plan; for a smaller model that its own class cannot build also the file that travels along."""
     state = model.state_dict() if state_dict is None else state_dict
     state = {k: v for k, v in state.items() if not k.startswith(TRAINED_ONLY)}
     stock = getattr(model.config, "auto_map", None)
     if is_pruned(model):
         model.config.auto_map = {auto: f"{CODE.stem}.{type(model).__name__}"}
+        state[modeling_kdprune.HINT] = torch.ones(1)
+        options = {**options, "save_original_format": False}  # older names are not translated back for custom code
     try:
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state, **options)
     finally:
         if is_pruned(model):
             model.config.auto_map = stock
@@ -102,7 +113,9 @@ def auto_class(model: PreTrainedModel) -> str:
         ValueError: No Auto class knows it.
     """
     autos = [a for a in vars(modeling_auto).values() if isinstance(a, type) and a.__name__.startswith("AutoModel")]
-    autos.sort(key=lambda auto: auto is modeling_auto.AutoModelForPreTraining)  # it knows what others know better
+    general = [modeling_auto.AutoModelForPreTraining]  # what others know better; masks are no task of a decoder
+    general += [modeling_auto.AutoModelForMaskedLM] if model.config.is_encoder_decoder else []
+    autos.sort(key=lambda auto: (auto is not modeling_auto.AutoModel, auto in general))
     for auto in autos:
         known = auto._model_mapping.get(type(model.config), ())
         if type(model).__name__ in [c.__name__ for c in (known if isinstance(known, (tuple, list)) else (known,))]:
@@ -127,15 +140,25 @@ def load_pretrained(path: str | Path, **kwargs: object) -> PreTrainedModel:
         **kwargs: For `from_pretrained`.
 
     Raises:
-        ValueError: The checkpoint names no class of transformers.
+        ValueError: The checkpoint names no class of transformers, or its config and its weights do not go together.
     """
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     name = (config.architectures or ["none"])[0]
     stock = getattr(transformers, name, None)
     if stock is None:
         raise ValueError(f"{path}: its architecture must be a class of transformers, got {name!r}")
-    pruned = getattr(config, "kdprune", None)
-    model = (getattr(modeling_kdprune, name) if pruned else stock).from_pretrained(path, config=config, **kwargs)
+    section = getattr(config, "kdprune", None)
+    if section is None and CODE.stem in str(getattr(config, "auto_map", None)):
+        raise ValueError(f"{path}: config.json must state the shapes under 'kdprune', and does not: save the model again")
+    try:
+        model = (getattr(modeling_kdprune, name) if section else stock).from_pretrained(path, config=config, **kwargs)
+    except (RuntimeError, AttributeError) as error:
+        if section is None:
+            raise
+        raise ValueError(
+            f"{path}: the weights must have the shapes that config.json states under 'kdprune', and do not ({error}): put "
+            "the config.json and the weights of one save together"
+        ) from error
     model.config.auto_map = None
     if (file := Path(path) / "plan.json").is_file():
         model.kdprune_plan = Plan.load(file)
@@ -219,21 +242,21 @@ def verify_checkpoint(model: PreTrainedModel, folder: Path, auto: str) -> None:
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two rows of tokens for the comparison, the second padded."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (2, 16), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    """Made-up inputs for the comparison; of tokens two rows, the second padded."""
+    inputs = made_up_inputs(model, 16, 2)
+    text = model.config.get_text_config()
+    one = "ForSequenceClassification" in type(model).__name__ and (text.pad_token_id is None or text.is_encoder_decoder)
+    if "attention_mask" in inputs and not one:  # these look for the end of each row
+        inputs["attention_mask"][1, 9:] = 0
+        inputs["input_ids"][1, 9:] = text.pad_token_id or 0
+    return {name: value[:1] if one else value for name, value in inputs.items()}
 
 
 @torch.no_grad()
 def probe_output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """What the model gives first for the probe, in eval mode."""
-    training = model.training
-    model.eval()
-    output = model(**{k: v.to(model.device) for k, v in inputs.items()})[0]
-    model.train(training)
+    with evaluating(model):
+        output = model(**{k: v.to(model.device) for k, v in inputs.items()})[0]
     return output.float().cpu().contiguous()
 
 

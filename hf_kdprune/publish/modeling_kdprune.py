@@ -10,6 +10,8 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 VERSION = 1
+# A tensor of this name lies in each checkpoint, so that who forgets the argument reads it in transformers' report of the error.
+HINT = "load_it_with.trust_remote_code=True"
 
 
 class EmptiedAttention(nn.Module):
@@ -84,7 +86,9 @@ def compact(stock):
         stock.__init__(self, config, *args, **kwargs)
         reshape(self, config.kdprune)
 
-    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": __name__, "__doc__": stock.__doc__})
+    known = [*(stock._keys_to_ignore_on_load_unexpected or ()), HINT]
+    body = {"__init__": __init__, "_keys_to_ignore_on_load_unexpected": known, "__doc__": stock.__doc__}
+    return type(stock.__name__, (stock,), {**body, "__module__": __name__})
 
 
 def __getattr__(name):

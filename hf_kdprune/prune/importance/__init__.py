@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ...layers import LayerMatch, real_positions
 from ..allocation import Scores
 from ..discovery import find_sites
+from ..stock import stock_kinds
 from .asked import Asked
 from .baselines import magnitude, random
 from .feature_loss import covariance, plain
@@ -56,10 +57,12 @@ def score_units(
     sites = find_sites(model, batches[0], mean_length(batches))
     other = None if teacher is model else teacher
     values, errors = IMPORTANCE[importance](model, other, batches, Asked(sites, matches, seed))
-    return Scores(sites, values, errors, importance)
+    return Scores(sites, values, errors, importance, stock_kinds(model, sites))
 
 
-def mean_length(batches: Sequence[dict[str, Tensor]]) -> int:
-    """Mean number of real tokens of a sample, rounded: the length at which MACs are counted."""
+def mean_length(batches: Sequence[dict[str, Tensor]]) -> int | None:
+    """Mean number of real tokens of a sample, rounded: the length at which MACs are counted; None where there are none."""
+    if "input_ids" not in batches[0]:
+        return None
     masks = [real_positions(batch) for batch in batches]
     return max(1, round(sum(int(m.sum()) for m in masks) / sum(len(m) for m in masks)))

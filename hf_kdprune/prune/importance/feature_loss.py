@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...layers import LayerMatch, hidden_states, match_layers, real_positions, target_features
+from ...layers import LayerMatch, at_real, hidden_states, match_layers, positions_of, real_positions, target_features
 from ..experts import readable_experts
 from ..sites import Site, Sites
 from .asked import Asked
@@ -68,25 +68,26 @@ def curvature(
     matches = asked.matches or match_layers(model, teacher, batches)
     matches = [m for m in matches if m.student > 0]  # no unit lies before the embeddings
     roots = [root(m).to(model.device) for m in matches]
-    real = sum(int(real_positions(b).sum()) for b in batches)
-    scale = (len(matches) * real) ** -0.5
+    scale = (len(matches) * sum(int(real_positions(b).sum()) for b in batches)) ** -0.5
     generator = torch.Generator().manual_seed(asked.seed)
     first = {s.name: torch.zeros(s.total, dtype=torch.float64) for s in sites}
     second, fourth = ({k: v.clone() for k, v in first.items()} for _ in range(2))
     samples = 0
     with still(*(m for m in (model, teacher) if m is not None)), gate_inputs(model, sites) as inputs:
         for batch in tqdm(batches, desc="rank", unit="batch", disable=None, leave=False):  # None: on a terminal only
-            states, mask = hidden_states(model, batch), real_positions(batch)
-            samples += len(mask)
+            states, size = hidden_states(model, batch), len(next(iter(batch.values())))
+            samples += size
             if teacher is not None:
                 target = target_features(teacher, batch, matches)
                 errors = [(states[m.student] - t) @ r for m, t, r in zip(matches, target, roots, strict=True)]
-                loss = sum((e[mask] * scale).square().sum() for e in errors)
-                for site, v in unit_gradients([loss], None, inputs, sites, len(mask)):
+                loss = sum((at_real(e, batch) * scale).square().sum() for e in errors)
+                for site, v in unit_gradients([loss], None, inputs, sites, size):
                     first[site.name] += v.sum(0)
             learnt = [states[m.student] for m in matches]
-            probe = [noise(x, mask, generator) @ r * scale for x, r in zip(learnt, roots, strict=True)]
-            for site, v in unit_gradients(learnt, probe, inputs, sites, len(mask)):
+            probe = [noise(x, positions_of(batch, x), generator) @ r * scale for x, r in zip(learnt, roots, strict=True)]
+            seen = [i for i, state in enumerate(learnt) if state.requires_grad]  # a decoder's embeddings see no unit
+            learnt, probe = ([part[i] for i in seen] for part in (learnt, probe))
+            for site, v in unit_gradients(learnt, probe, inputs, sites, size):
                 second[site.name] += v.square().sum(0)
                 fourth[site.name] += v.pow(4).sum(0)
     errors = {name: (fourth[name] - second[name] ** 2 / samples).clamp(min=0).sqrt() for name in second}
