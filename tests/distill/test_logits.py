@@ -19,7 +19,7 @@ def test_zero_at_equality_and_positive_elsewhere(name, pair):
     student, teacher = pair
     loss = LOGITS_LOSSES[name]
     assert loss(student, teacher, 2.0).shape == (5,)
-    assert torch.allclose(loss(student, student + 3.0, 2.0), torch.zeros(5).double(), atol=1e-6)  # a shift changes no probability
+    assert torch.allclose(loss(student, student + 3.0, 2.0), torch.zeros(5).double(), atol=1e-6)  # shifts change nothing
     assert (loss(student, teacher, 2.0) > 0).all()
 
 

@@ -113,10 +113,28 @@ def test_what_was_not_pruned_stays_byte_for_byte(name):
 # ---------------------------------------------------------------------------------------------- stock shapes
 
 
-STOCK = {  # what a family's own class can have fewer of
-    **dict.fromkeys(("bert", "distilbert", "albert", "mpnet", "gpt2", "opt", "bart", "wav2vec2"), ("ffn",)),
-    **dict.fromkeys(("llama", "llama_mqa", "qwen2", "gemma2", "mixtral", "t5", "vit"), ("attention", "ffn")),
+NEURONS, HEADS_TOO = ("ffn",), ("attention", "ffn")
+STOCK = {  # what a family's own class can have fewer of: heads, where its config states their size
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "deberta-v2"), NEURONS),
+    **dict.fromkeys(("modernbert", "mpnet", "convbert", "nystromformer", "xlnet", "gpt2", "gptj", "gpt_bigcode"), NEURONS),
+    **dict.fromkeys(("opt", "gpt_neox", "falcon", "olmo2", "stablelm", "bart", "mbart", "marian", "pegasus"), NEURONS),
+    **dict.fromkeys(("whisper", "clip", "wav2vec2", "hubert", "data2vec-audio"), NEURONS),
+    **dict.fromkeys(("llama", "llama_mqa", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), HEADS_TOO),
+    **dict.fromkeys(("phi", "phi3", "olmo", "cohere", "starcoder2", "mixtral", "qwen2_moe", "qwen3_moe"), HEADS_TOO),
+    **dict.fromkeys(("t5", "mt5", "vit", "deit", "beit", "ast"), HEADS_TOO),
+    "dinov2": ("attention",),  # a whole ratio states its neurons
 }
+NOT_STOCK = ("bloom", "swin", "siglip")
+
+
+@pytest.mark.parametrize("name", NOT_STOCK)
+def test_a_class_that_cannot_says_so(name):
+    model = build(name)
+    inputs = made_up_inputs(model, 12, 4)
+    scores = score_units(model, None, [inputs, inputs], "magnitude")
+    assert scores.stock == ()
+    with pytest.raises(ValueError, match="shapes='stock' needs a config field.*take shapes='uniform'"):
+        scores.plan("macs=0.9", 8, "stock")
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -125,7 +143,7 @@ def test_stock_shapes_load_without_our_code(name, tmp_path):
     inputs = made_up_inputs(model, 12, 4)
     scores = score_units(model, None, [inputs, inputs], "magnitude")
     assert scores.stock == STOCK[name]
-    plan = scores.plan("macs=0.85", 8, "stock")
+    plan = scores.plan("params=0.9", 8, "stock")
     assert any(site.removed for site in plan.sites)
     apply_plan(model, plan)
     line = save_pretrained(model, tmp_path / "stock", verify=False)
