@@ -138,9 +138,7 @@ def test_config_states_the_shapes(tmp_path):
     for site in config["kdprune"]["sites"].values():
         for name, shape in site["tensors"].items():
             assert list(weights[name].shape) == shape
-    assert config["auto_map"] == {
-        "AutoModelForSequenceClassification": "modeling_kdprune.BertForSequenceClassification"
-    }
+    assert config["auto_map"] == {"AutoModelForSequenceClassification": "modeling_kdprune.BertForSequenceClassification"}
     assert getattr(model.config, "auto_map", None) is None
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from families import EAGER_ONLY, FAMILIES
+from families import CAUSAL, EAGER_ONLY, FAMILIES, MASKED, TOKENS
 from families import build as build_with
 
 from hf_kdprune import Plan, apply_plan, find_sites, load_pretrained, save_pretrained, score_units
@@ -80,6 +80,47 @@ def test_every_family_in_a_fresh_process_that_knows_nothing_of_us(tmp_path):
     assert child.returncode == 0, child.stderr[-3000:]
     differences = {line.split()[0]: float(line.split()[1]) for line in child.stdout.splitlines()}
     assert len(differences) == len(NAMES) and max(differences.values()) <= 1e-5, differences
+
+
+PIPELINES = [  # task, family, Auto class, what a user puts in
+    ("text-classification", "roberta", None, "w3 w4"),
+    ("token-classification", "electra", TOKENS, "w3 w4"),
+    ("fill-mask", "bert", MASKED, "w3 [MASK]"),
+    ("text-generation", "llama", CAUSAL, "w3 w4"),
+    ("text-generation", "mixtral", CAUSAL, "w3 w4"),
+    ("feature-extraction", "mpnet", "AutoModel", "w3 w4"),
+    ("image-classification", "vit", None, "image"),
+    ("audio-classification", "wav2vec2", "AutoModelForAudioClassification", "audio"),
+]
+PIPE = """
+import json, sys, numpy, torch
+from PIL import Image
+from transformers import pipeline
+inputs = {"image": Image.new("RGB", (32, 32), "red"), "audio": numpy.ones(400, dtype="float32")}
+for task, folder, put in json.loads(sys.argv[1]):
+    pipe = pipeline(task, folder, trust_remote_code=True, **({"max_new_tokens": 3} if task == "text-generation" else {}))
+    print(json.dumps([type(pipe.model).__name__, pipe.model.num_parameters(), bool(pipe(inputs.get(put, put)))]))
+"""
+
+
+def test_pipelines_of_every_kind_in_a_fresh_process(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(195))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    readers = {
+        "image": transformers.ViTImageProcessor(size={"height": 32, "width": 32}),
+        "audio": transformers.Wav2Vec2FeatureExtractor(sampling_rate=16000),
+    }
+    asked, expected = [], []
+    for i, (task, name, auto, put) in enumerate(PIPELINES):
+        model = pruned(name, auto)
+        save_pretrained(model, tmp_path / str(i), readers.get(put, tokenizer), verify=False)
+        asked.append([task, str(tmp_path / str(i)), put])
+        expected.append([type(model).__name__, model.num_parameters(), True])
+    code = "import sys; sys.modules['hf_kdprune'] = None\n" + PIPE
+    child = subprocess.run([sys.executable, "-c", code, json.dumps(asked)], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert [json.loads(line) for line in child.stdout.splitlines()] == expected
 
 
 @pytest.mark.parametrize("name", ["bert", "mpnet", "llama", "phi3", "mixtral", "t5", "whisper", "vit"])
