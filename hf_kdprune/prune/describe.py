@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .experts import READ
 from .layout import Layout
 from .sites import Cut, Part, Site
-from .trace import Trace, moved
+from .trace import Trace, is_term_of, moved
 
 # What is special: numbers of an attention that surgery must keep true, and what one unit adds to them. "heads": its query
 # heads; "groups": its keys and values; "ratio": its query heads, where one key and value serves all; "channels": its width.
@@ -100,12 +100,15 @@ def core_of(model: nn.Module, sources: list[str]) -> str | None:
 
 
 def norm_behind(trace: Trace, consumer: str) -> str | None:
-    """The first norm behind `consumer` that reads what it wrote: it reads the residual stream."""
+    """The first norm behind `consumer` that reads what it wrote, if it reads the sum with the residual stream.
+
+    None if it reads something else: a scaled output (DINOv2), a part of the positions (Swin, CLIP).
+    """
     wrote = {consumer: trace.writes[consumer]}
     for name in trace.order[trace.order.index(consumer) + 1 :]:
         read = trace.reads[name]
         if name not in trace.linears and read.requires_grad and moved(read, None, wrote):
-            return name
+            return name if is_term_of(trace.writes[consumer], read) else None
     return None
 
 

@@ -118,6 +118,17 @@ def only_tables_learn(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(wanted)
 
 
+def noise_like(read: Tensor) -> Tensor:
+    """The same random numbers at every call, shaped like `read`."""
+    return torch.randn(read.shape, generator=torch.Generator().manual_seed(0)).to(read)
+
+
+def is_term_of(wrote: Tensor, read: Tensor) -> bool:
+    """Whether `read` is a sum of `wrote` and things that do not depend on it: whether the derivative is one."""
+    found = moved(read, None, {"wrote": wrote}).get("wrote")
+    return found is not None and torch.equal(found.flatten(), noise_like(read).flatten())
+
+
 def moved(read: Tensor, channels: Sequence[int] | None, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Which entries of `leaves` the given channels of `read` depend on; None: all channels.
 
@@ -129,8 +140,7 @@ def moved(read: Tensor, channels: Sequence[int] | None, leaves: dict[str, Tensor
     Returns:
         Name -> derivatives that are not all zero, shaped like the leaf.
     """
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(read.shape, generator=draw).to(read)
+    weight = noise_like(read)
     if channels is not None:
         one = torch.zeros(read.shape[-1], dtype=read.dtype, device=read.device)
         one[list(channels)] = 1

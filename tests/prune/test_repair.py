@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from families import build
 from torch import nn
 
 from hf_kdprune import Plan, apply_plan, find_sites, repair, score_units
+from hf_kdprune.inputs import made_up_inputs
 from hf_kdprune.layers import hidden_states, match_layers
 
 
@@ -53,6 +55,53 @@ def test_features_come_back_on_any_model(tiny, ragged, feature_loss, name):
     after = loss_of(feature_loss, smaller, model, fresh)
     assert after < 0.9 * before
     assert len(records) == 2 and any(r.accepted for r in records)
+
+
+@pytest.mark.parametrize("name", ["albert", "mpnet", "gpt_neox", "falcon", "t5", "bart", "dinov2", "swin", "clip", "wav2vec2"])
+@torch.no_grad()
+def test_shared_parallel_scaled_and_crossed_projections_come_back_too(name):
+    """Layers that run twice, attention beside FFN, a scaled output, an encoder and a decoder, two towers."""
+    model = build(name, "eager")
+    batches = [drawn_inputs(model, seed) for seed in range(9)]
+    smaller = copy.deepcopy(model)
+    apply_plan(smaller, Plan.random(find_sites(model), "params=0.85", seed=1))
+
+    def apart():
+        pairs = zip(hidden_states(smaller, batches[-1]), hidden_states(model, batches[-1]), strict=True)
+        return sum(float((a - b).square().mean() / b.var()) for a, b in pairs)
+
+    before = apart()
+    records = repair(smaller, model, batches)
+    assert any(r.accepted for r in records) and apart() < 0.7 * before
+
+
+def drawn_inputs(model, seed):
+    """Random inputs of the model's kind: 8 samples."""
+    draw, batch = torch.Generator().manual_seed(seed), made_up_inputs(model, 12, 8)
+    for name, value in batch.items():
+        if value.is_floating_point():
+            batch[name] = torch.randn(value.shape, generator=draw)
+        elif name.endswith("input_ids"):
+            batch[name] = torch.randint(5, 190, value.shape, generator=draw)
+    return batch
+
+
+def test_each_model_runs_once_over_each_batch(tiny, ragged):
+    model, passes = tiny(num_hidden_layers=4), []
+    smaller = pruned(model)
+    for m in (model, smaller):  # passes over single samples look for the sites
+        m.bert.embeddings.register_forward_hook(lambda module, args, output, m=m: passes.append((m is model, len(output))))
+    repair(smaller, model, ragged(8, 4))
+    assert passes.count((True, 4)) == passes.count((False, 4)) == 8
+
+
+def test_what_fails_half_way_leaves_no_hook_behind(tiny, ragged):
+    model, batches = tiny(), ragged(8, 4)
+    smaller = pruned(model)
+    batches[5] = {**batches[5], "input_ids": batches[5]["input_ids"] + 10**6}
+    with pytest.raises(IndexError):
+        repair(smaller, model, batches)
+    assert all(not part._forward_hooks and not part._forward_pre_hooks for m in (smaller, model) for part in m.modules())
 
 
 def test_what_another_unit_can_do_as_well_is_made_up_for(tiny, ragged, keep):
