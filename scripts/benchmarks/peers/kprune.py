@@ -70,44 +70,26 @@ def knowledge(model: PreTrainedModel, teacher: PreTrainedModel, sites: Sites, ba
     """Site name -> (units,) knowledge of each unit, not yet divided by its cost."""
     by_channel = rest_of(sites, 0)
     by_channel[:] = [replace(s, total=s.total * s.width, width=1) for s in sites]
-    predictive = {s.name: Grouped(s.total) for s in by_channel}
+    derivatives: dict[str, list[Tensor]] = {s.name: [] for s in by_channel}
     squares = {s.name: torch.zeros(s.total, dtype=torch.float64) for s in by_channel}
     tokens = sum(int(real_positions(batch).sum()) for batch in batches)
     found = gate_gradients(model, by_channel, batches, lambda batch: divergence(model, teacher, batch))
     for batch, reads, gradients in found:
         mask = real_positions(batch)[..., None]
         for site in by_channel:
-            predictive[site.name].add(gradients[site.name])
+            derivatives[site.name].append(gradients[site.name].float())
             squares[site.name] += (reads[site.name][0].detach() * mask).double().square().sum((0, 1)).cpu()
     scores = {}
     for site in sites:
         weights = sum(model.get_submodule(c).weight.double().square().mean(0).cpu() for c in site.consumers)
-        known = predictive[site.name].value() + LAMBDA * squares[site.name] / tokens * weights
+        known = predictive(torch.cat(derivatives[site.name])) + LAMBDA * squares[site.name] / tokens * weights
         scores[site.name] = known.unflatten(0, (site.total, site.width)).sum(1)
     return scores
 
 
-class Grouped:
-    """Adds up 1 / 2N * (mean of the derivatives in each group of 32 samples)^2, however the samples come in."""
-
-    def __init__(self, size: int):
-        """Of `size` channels."""
-        self.total, self.group = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
-        self.samples = 0
-
-    def add(self, gradients: Tensor) -> None:
-        """Take (samples, channels)."""
-        for gradient in gradients:
-            self.group += gradient
-            self.samples += 1
-            if self.samples % GROUP == 0:
-                self.total += (self.group / GROUP).square()
-                self.group.zero_()
-
-    def value(self) -> Tensor:
-        """(channels,) the predictive knowledge."""
-        rest = self.group / max(1, self.samples % GROUP)
-        return (self.total + rest.square()) / (2 * self.samples)
+def predictive(gradients: Tensor) -> Tensor:
+    """(samples, channels) derivatives of each sample's KL -> (channels,) 1 / 2N * sum of (mean over 32 samples)^2."""
+    return sum(group.double().mean(0).square() for group in gradients.split(GROUP)) / (2 * len(gradients))
 
 
 def divergence(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tensor:

@@ -15,12 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_kdprune.layers import inputs_of
-from hf_kdprune.prune.budget import WHOLE, Limit
+from hf_kdprune.prune.budget import UNIT, WHOLE, Limit
 from hf_kdprune.prune.sites import Site, Sites
 
 from .common import Batch, Realiser, limit_of, plan_of, prunable, realise, task_losses
-
-STEPS = 40  # of the bisection
 
 
 def torch_pruning(model: PreTrainedModel, batches: list[Batch], seed: int) -> Realiser:
@@ -39,8 +37,8 @@ def torch_pruning(model: PreTrainedModel, batches: list[Batch], seed: int) -> Re
         (task_losses(scored, batch).sum() / samples).backward()
 
     def at(budget: str) -> PreTrainedModel:
-        limit = limit_of(budget, sites)
-        kept = chosen(copy_with_gradients(scored), sites, batches[0], least_ratio(sites, limit))
+        share = ratios(sites, limit_of(budget, sites))
+        kept = chosen(copy_with_gradients(scored), sites, batches[0], share)
         return realise(model, plan_of(sites, kept, budget, "torch_pruning"), batches)
 
     return at
@@ -65,32 +63,33 @@ def copy_with_gradients(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def counts(sites: Sites, ratio: float) -> dict[str, int]:
-    """Site name -> units that Torch-Pruning keeps at `ratio`: it rounds heads and neurons down."""
-    return {
-        s.name: s.total - math.ceil(ratio * s.total) if s.kind == "attention" else int(s.total * (1 - ratio)) for s in sites
-    }
+def ratios(sites: Sites, limit: Limit) -> dict[str, float]:
+    """Kind -> the share to remove, the same in all layers, as Torch-Pruning must be told it.
 
-
-def least_ratio(sites: Sites, limit: Limit) -> float:
-    """The smallest ratio that meets the budget, by bisection.
+    One ratio for both kinds gives the number of heads, to the nearest; neurons take what the budget then leaves. Half a
+    unit is added, since Torch-Pruning rounds what is kept down.
 
     Raises:
-        ValueError: It would leave a layer empty, which Torch-Pruning never does.
+        ValueError: A layer would be left empty, which Torch-Pruning never does.
     """
-    low, high = 0.0, 1.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        if WHOLE[limit.counts](sites, counts(sites, middle)) <= limit.allowed(sites):
-            high = middle
-        else:
-            low = middle
-    if not all(counts(sites, high).values()):
+    nothing = WHOLE[limit.counts](sites, {s.name: 0 for s in sites})
+    room = limit.allowed(sites) - nothing
+    share = room / (WHOLE[limit.counts](sites, None) - nothing)
+    heads, neurons = ([s for s in sites if s.kind == kind] for kind in ("attention", "ffn"))
+    kept = max(1, round(share * heads[0].total))
+    room -= kept * sum(UNIT[limit.counts](s, sites) for s in heads)
+    width = min(neurons[0].total, math.floor(room / sum(UNIT[limit.counts](s, sites) for s in neurons)))
+    if width < 1:
         raise ValueError(f"Torch-Pruning empties no layer: choose a larger budget than {limit.counts}={limit.value}")
-    return high
+    return {"attention": left_out(kept, heads[0].total), "ffn": left_out(width, neurons[0].total)}
 
 
-def chosen(model: PreTrainedModel, sites: Sites, batch: Batch, ratio: float) -> dict[str, list[int]]:
+def left_out(kept: int, total: int) -> float:
+    """The ratio at which Torch-Pruning keeps exactly `kept` of `total`."""
+    return max(0.0, 1 - (kept + 0.5) / total)
+
+
+def chosen(model: PreTrainedModel, sites: Sites, batch: Batch, share: dict[str, float]) -> dict[str, list[int]]:
     """Site name -> units that Torch-Pruning keeps; `model` has gradients and is pruned."""
     import torch_pruning as tp  # only here: the other peers do without
 
@@ -103,8 +102,8 @@ def chosen(model: PreTrainedModel, sites: Sites, batch: Batch, ratio: float) -> 
         inputs_of({name: value[:1] for name, value in batch.items()}),
         importance=tp.importance.GroupTaylorImportance(),
         global_pruning=False,
-        pruning_ratio=ratio,
-        head_pruning_ratio=ratio,
+        pruning_ratio=share["ffn"],
+        head_pruning_ratio=share["attention"],
         num_heads={model.get_submodule(path): total for path, total in heads.items()},
         prune_num_heads=True,
         prune_head_dims=False,
