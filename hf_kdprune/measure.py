@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .layers import inputs_of
 from .prune.discovery import trace_sites
+from .timing import rows_of, time_rounds
 
 Batch = dict[str, Tensor]
 BATCH_SIZES = (1, 32)
@@ -76,8 +75,8 @@ def compare(
     for model in models:
         model.eval()
     for size in batch_sizes:
-        rows = {k: v[torch.arange(size, device=v.device) % len(v)] for k, v in inputs.items()}
-        rounds = time_rounds(models, rows, progress)
+        rows = rows_of(inputs, size)
+        rounds = time_rounds(models, rows, SECONDS, ROUNDS, progress)
         for result, times in zip(results, zip(*rounds, strict=True), strict=True):
             result.latency_ms[str(size)] = statistics.median(times)
             result.samples_per_second = size / result.latency_ms[str(size)] * 1000
@@ -86,36 +85,6 @@ def compare(
         result.peak_memory_bytes = peak_memory(model, rows)
         model.train(mode)
     return results, ratios
-
-
-@torch.inference_mode()
-def time_rounds(models: Sequence[PreTrainedModel], rows: Batch, progress: bool) -> list[tuple[float, ...]]:
-    """Milliseconds of one forward pass of each model in turn, round after round; three rounds warm up."""
-    rounds: list[tuple[float, ...]] = []
-    size = len(next(iter(rows.values())))
-    bar = tqdm(total=SECONDS * len(models), desc=f"timing, batch {size}", unit="s", disable=not progress)
-    spent, warm = 0.0, 0
-    while spent < SECONDS * len(models) or len(rounds) < ROUNDS:
-        times = tuple(time_once(model, rows) for model in models)
-        warm += 1
-        if warm > 3:
-            rounds.append(times)
-        spent += sum(times) / 1000
-        bar.update(round(min(spent, bar.total), 1) - bar.n)
-    bar.close()
-    return rounds
-
-
-def time_once(model: PreTrainedModel, rows: Batch) -> float:
-    """Milliseconds of one forward pass."""
-    cuda = model.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    model(**rows)
-    if cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000
 
 
 class LiveBytes(TorchDispatchMode):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..measure import compare, disk_bytes
+from ..timing import cpu_name
 
 REPORT_VERSION = 1
 # The fields of KDPruneConfig that a card shows.
@@ -123,13 +124,3 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def cpu_name() -> str:
-    """The name of the processor, as Linux states it, or what Python knows."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
