@@ -52,7 +52,7 @@ class Task:
 
 
 TASKS = {
-    "sst2": Task(("sentence",), "validation", 2, 2, 1e-4),
+    "sst2": Task(("sentence",), "validation", 2, 1, 2e-4),
     "cola": Task(("sentence",), "validation", 2, 5, 1e-4),
     "ag_news": Task(("text",), "test", 4, 2, 2e-4),
     "banking77": Task(("text",), "test", 77, 4, 3e-4),

@@ -240,8 +240,8 @@ def test_features_that_are_no_numbers_are_refused(tiny, ragged):
 
 
 def test_what_is_no_importance_and_no_data_is_refused(tiny, ragged):
-    with pytest.raises(ValueError, match="importance must be one of .*'feature_loss'.*got 'taylor'"):
-        score_units(tiny(), None, ragged(1, 4), "taylor")
+    with pytest.raises(ValueError, match="importance must be one of .*'feature_loss'.*got 'guess'"):
+        score_units(tiny(), None, ragged(1, 4), "guess")
     with pytest.raises(ValueError, match="at least one batch"):
         score_units(tiny(), None, [])
 

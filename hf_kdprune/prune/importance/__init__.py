@@ -11,13 +11,21 @@ from ...layers import LayerMatch, real_positions
 from ..allocation import Scores
 from ..discovery import find_sites
 from ..stock import stock_kinds
+from .ablation import ablation
 from .asked import Asked
-from .baselines import magnitude, random
+from .baselines import activation, magnitude, random
 from .feature_loss import covariance, plain
+from .labels import fisher, taylor
+from .logits import with_logits
 
 IMPORTANCE: dict[str, Callable] = {
     "feature_loss": covariance,
     "feature_loss:plain": plain,
+    "feature_loss+logits": with_logits,
+    "taylor": taylor,
+    "fisher": fisher,
+    "ablation": ablation,
+    "activation": activation,
     "magnitude": magnitude,
     "random": random,
 }

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...layers import inputs_of, positions_of
 from ..allocation import Scores
 from ..describe import per_unit
 from ..sites import Sites
 from .asked import Asked
-
-Table = dict[str, Tensor]
+from .probe import Batch, Sums, Table, gate_inputs, still
 
 
 def magnitude(model: PreTrainedModel, teacher: PreTrainedModel | None, batches: object, asked: Asked) -> tuple[Table, Table]:
@@ -26,6 +27,30 @@ def magnitude(model: PreTrainedModel, teacher: PreTrainedModel | None, batches: 
             squares += entries[torch.tensor([cut.indices([u]) for u in range(site.total)])].sum(1)
         values[site.name] = squares / numbers
     return values, {name: torch.zeros_like(v) for name, v in values.items()}
+
+
+@torch.no_grad()
+def activation(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Sequence[Batch], asked: Asked
+) -> tuple[Table, Table]:
+    """Sum over samples of the norm, over real positions, of what a unit hands to the output projection.
+
+    Source: Muralidharan et al. 2024, Compact Language Models via Pruning and Knowledge Distillation (Minitron).
+    """
+    sums = Sums(asked.sites)
+    with still(model), gate_inputs(model, asked.sites) as inputs:
+        for batch in batches:
+            model(**inputs_of(batch))
+            size = len(next(iter(batch.values())))
+            sums.samples += size
+            for site in asked.sites:
+                squares = torch.zeros(size, site.total, dtype=torch.float64)
+                for read in inputs[site.name]:
+                    real = read.detach().float() * positions_of(batch, read)[..., None].view(*read.shape[:-1], 1)
+                    units = real.reshape(size, -1, site.total, site.width)
+                    squares += units.square().sum((1, 3)).double().cpu()
+                sums.add(site, squares.sqrt())
+    return sums.sizes()
 
 
 def random(

@@ -14,7 +14,7 @@ from hf_kdprune.layers import inputs_of, real_positions
 from hf_kdprune.prune.budget import Budget, Limit
 from hf_kdprune.prune.discovery import find_sites
 from hf_kdprune.prune.importance import mean_length
-from hf_kdprune.prune.importance.feature_loss import gate_inputs, still, unit_gradients
+from hf_kdprune.prune.importance.probe import gate_inputs, still, unit_gradients
 from hf_kdprune.prune.sites import Plan, SitePlan, Sites
 from hf_kdprune.prune.surgery import apply_plan
 

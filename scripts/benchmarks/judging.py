@@ -1,0 +1,71 @@
+"""What the benchmarks judge a smaller model by, beside its teacher, on all of a test set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_kdprune.layers import at_real, hidden_states, inputs_of
+
+Batch = dict[str, Tensor]
+FEATURES = 1024  # samples on which features are compared: all of most test sets
+
+
+class Judge:
+    """Accuracy or Matthews correlation, KL to the teacher, and the plain feature loss.
+
+    Attributes:
+        batches: The test set.
+        logits: The teacher's, for each batch.
+        states: The teacher's features of the first batches: a list of layers for each, (tokens, hidden).
+        variance: Of the teacher's features, by layer.
+    """
+
+    @torch.no_grad()
+    def __init__(self, teacher: PreTrainedModel, batches: Sequence[Batch]):
+        """Run the teacher once."""
+        self.batches = batches
+        self.logits = [teacher(**inputs_of(batch)).logits for batch in batches]
+        some = batches[:: max(1, round(len(batches) * len(batches[0]["input_ids"]) / FEATURES))]
+        self.states = [(batch, [at_real(s, batch) for s in hidden_states(teacher, batch)[1:]]) for batch in some]
+        layers = [torch.cat(layer) for layer in zip(*(states for _, states in self.states), strict=True)]
+        self.variance = [float(layer.var(0).mean()) for layer in layers]
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Judge one model."""
+        model.eval()
+        logits = [model(**inputs_of(batch)).logits for batch in self.batches]
+        mine, taught = torch.cat(logits), torch.cat(self.logits)
+        labels = torch.cat([batch["labels"] for batch in self.batches])
+        kl = F.kl_div(mine.log_softmax(-1), taught.log_softmax(-1), reduction="batchmean", log_target=True)
+        return {
+            "accuracy": float((mine.argmax(-1) == labels).float().mean()),
+            "matthews": matthews(mine.argmax(-1), labels),
+            "kl": float(kl),
+            "features": self.feature_loss(model),
+        }
+
+    def feature_loss(self, model: PreTrainedModel) -> float:
+        """Mean over layers and real positions of the squared error of the features, over d times their variance."""
+        total, tokens = 0.0, 0
+        for batch, taught in self.states:
+            mine = [at_real(s, batch) for s in hidden_states(model, batch)[1:]]
+            tokens += len(mine[0])
+            errors = [float((a - b).square().mean(1).sum()) for a, b in zip(mine, taught, strict=True)]
+            total += sum(error / variance for error, variance in zip(errors, self.variance, strict=True))
+        return total / tokens / len(self.variance)
+
+
+def matthews(predicted: Tensor, labels: Tensor) -> float:
+    """Correlation of predicted and true classes, of any number of classes (Gorodkin 2004)."""
+    count = int(max(predicted.max(), labels.max())) + 1
+    table = torch.zeros(count, count, dtype=torch.float64)
+    table.index_put_((labels, predicted), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+    rows, columns, total = table.sum(1), table.sum(0), table.sum()
+    spread = (total**2 - rows.square().sum()) * (total**2 - columns.square().sum())
+    return float((table.diagonal().sum() * total - rows @ columns) / spread.sqrt()) if spread else 0.0
