@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import datasets
 import torch
+from teachers import DATA
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kdprune.layers import at_real, hidden_states, inputs_of
 
@@ -69,3 +72,28 @@ def matthews(predicted: Tensor, labels: Tensor) -> float:
     rows, columns, total = table.sum(1), table.sum(0), table.sum()
     spread = (total**2 - rows.square().sum()) * (total**2 - columns.square().sum())
     return float((table.diagonal().sum() * total - rows @ columns) / spread.sqrt()) if spread else 0.0
+
+
+class Perplexity:
+    """Perplexity on WikiText-2 test, in rows of 512 tokens, and its ratio to the teacher's.
+
+    Attributes:
+        rows: (rows, 512) token ids.
+        dense: The teacher's perplexity, measured on the first call.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int):
+        """Take the first rows of the text, joined."""
+        lines = datasets.load_dataset("parquet", data_files=str(DATA / "wikitext2" / "test.parquet"), split="train")["text"]
+        ids = tokenizer("".join(lines), return_tensors="pt")["input_ids"][0]
+        self.rows = ids[: rows * 512].view(-1, 512)
+        self.dense: float | None = None
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Judge one model."""
+        model.eval()
+        losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in self.rows]
+        perplexity = math.exp(sum(losses) / len(losses))
+        self.dense = self.dense or perplexity
+        return {"perplexity": perplexity, "ratio": perplexity / self.dense}

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -76,6 +78,15 @@ def teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, datase
     if not (folder / "config.json").is_file():
         fine_tune(TASKS[name], folder, tokenizer, train, test)
     return AutoModelForSequenceClassification.from_pretrained(folder).eval(), tokenizer, train, test
+
+
+def web_text(tokenizer: PreTrainedTokenizerBase, rows: int, seed: int, length: int = 256) -> list[dict[str, Tensor]]:
+    """Batches of 4 rows of `length` tokens of web text (UD English EWT, documents joined), drawn by seed."""
+    files = {"data_files": str(DATA / "ud_english_ewt_pos" / "train.parquet"), "split": "train"}
+    ids = tokenizer(" ".join(datasets.load_dataset("parquet", **files)["text"]), return_tensors="pt")["input_ids"][0]
+    parts = ids[: len(ids) // length * length].view(-1, length)
+    chosen = parts[torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))[:rows]]
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in chosen.split(4)]
 
 
 def fine_tune(
