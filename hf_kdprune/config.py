@@ -10,7 +10,6 @@ from .distill.objective import TERMS, Objective
 from .prune.budget import Budget
 from .prune.importance import check_importance
 from .prune.schedule import SCHEDULES, Pruning
-from .prune.uniform import SHAPES
 
 
 @dataclass
@@ -31,12 +30,17 @@ class KDPruneConfig(TrainingArguments):
     layer_map: list | str | None = field(  # in this order HfArgumentParser takes it for a text
         default="auto", metadata={"help": "auto, last, uniform, or [[student, teacher], ...]; 0 is the embeddings."}
     )
-    budget: str = field(default="macs=0.5", metadata={"help": "What remains: macs=, params=, heads=..,ffn=.."})
+    budget: str = field(default="macs=0.5", metadata={"help": "macs=, params=, latency=, heads=..,ffn=.., loss="})
     importance: str = field(default="feature_loss", metadata={"help": "The score that ranks units."})
     repair: bool = field(default=True, metadata={"help": "Refit output projections in closed form after surgery."})
     schedule: str = field(default="one_shot", metadata={"help": "one_shot."})
     shapes: str = field(default="free", metadata={"help": "free, uniform (all layers alike), or stock (no custom code)."})
     round_to: int = field(default=8, metadata={"help": "FFN widths are multiples of it (1: any)."})
+    keep: list[str] = field(
+        default_factory=list, metadata={"help": "Never removed: sites, layers, or units of a site (name:0,5 or name:0-3)."}
+    )
+    least: float = field(default=0, metadata={"help": "Units each site keeps: a share in (0, 1), or a number."})
+    latency_batch: int = field(default=32, metadata={"help": "Samples of the passes that a latency budget times."})
     calibration_samples: int = field(default=1024, metadata={"help": "Training samples that rank and repair use."})
 
     def __post_init__(self) -> None:
@@ -45,10 +49,10 @@ class KDPruneConfig(TrainingArguments):
         Budget.parse(self.budget)
         check_importance(self.importance)
         self.objective()
-        for name, known in (("schedule", SCHEDULES), ("shapes", SHAPES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {list(known)} in this version, got {getattr(self, name)!r}")
-        for name, least in (("round_to", 1), ("calibration_samples", 2)):
+        self.pruning().rules()  # raises where they are none
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {list(SCHEDULES)} in this version, got {self.schedule!r}")
+        for name, least in (("latency_batch", 1), ("calibration_samples", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -60,4 +64,5 @@ class KDPruneConfig(TrainingArguments):
     def pruning(self) -> Pruning:
         """How to prune, as set here; the probe's seed follows `data_seed`, else `seed`."""
         seed = self.seed if self.data_seed is None else self.data_seed
-        return Pruning(self.budget, self.importance, self.repair, self.round_to, self.shapes, seed)
+        names = ("budget", "importance", "repair", "round_to", "shapes", "keep", "least", "latency_batch")
+        return Pruning(**{name: getattr(self, name) for name in names}, seed=seed)

@@ -12,11 +12,12 @@ from .config import KDPruneConfig
 from .layers import LABELS
 
 HELD_OUT = 512  # training samples, at most a tenth, that judge whether recovery made the model better
+JUDGING = 2048  # the same, that judge how small the model may be under a budget of "loss="
 
 
-def held_out_size(dataset: Sized) -> int:
+def held_out_size(dataset: Sized, most: int = HELD_OUT) -> int:
     """How many samples are held out of a data set."""
-    return min(HELD_OUT, max(1, len(dataset) // 10))
+    return min(most, max(1, len(dataset) // 10))
 
 
 def check_dataset(dataset: object, args: KDPruneConfig) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
@@ -19,19 +19,18 @@ from .distill.objective import Objective
 from .distill.teacher import ask, check_teacher, frozen_copy
 from .inputs import at_length
 from .layers import LayerMatch, depth_of, inputs_of, layer_pairs, match_layers, real_positions
+from .metrics import check_metric, judge_of, measured_on
 from .prune.budget import Budget
 from .prune.discovery import find_sites
-from .prune.importance import mean_length
 from .prune.repair import SiteRepair
-from .prune.schedule import one_shot, realise
+from .prune.schedule import check_budget, one_shot, realise, restate
 from .prune.sites import Plan
 from .publish import hub
 from .publish.checkpoint import check_writable, last_checkpoint, load_line, save_pretrained
 from .publish.report import SETTINGS, Report, costs, dataset_facts, model_facts
-from .samples import by_length, check_dataset, held_out_size, split
+from .samples import JUDGING, by_length, check_dataset, held_out_size, split
 
 Batch = dict[str, Tensor]
-NO_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 class KDPruneTrainer(Trainer):
@@ -77,7 +76,11 @@ class KDPruneTrainer(Trainer):
             check_teacher(model, teacher)
         check_dataset(train_dataset, args)
         held_out, train_dataset = split(train_dataset, held_out_size(train_dataset), args.seed)
+        budget, self._judging = Budget.parse(args.budget), None
+        if budget.counts == "loss":
+            self._judging, train_dataset = split(train_dataset, held_out_size(train_dataset, JUDGING), args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer)
+        check_metric(budget, self)
         self.model_accepts_loss_kwargs = False  # so that the Trainer hands no global count to a mean
         self.teacher = None if teacher is None else teacher.to(args.device).eval()
         self.objective = args.objective()
@@ -88,19 +91,32 @@ class KDPruneTrainer(Trainer):
         self.about: dict = {}
         self._metrics: dict[str, dict] = {}
         self._terms: dict[str, list[Tensor]] = {}
-        self._held_out = self._batches(held_out)
+        self._held_out = self.batches_of(held_out)
         count = min(args.calibration_samples, len(train_dataset))
-        self.calibration = self._batches(split(train_dataset, count, args.pruning().seed)[0])
-        Budget.parse(args.budget).check(find_sites(model, self.calibration[0], mean_length(self.calibration)))
+        self.calibration = self.batches_of(split(train_dataset, count, args.pruning().seed)[0])
+        check_budget(model, self.calibration, args.pruning())
         layer_pairs(args.layer_map, *(depth_of(m, self.calibration[0]) for m in (model, self.teacher or model)))
 
-    def _batches(self, dataset: object) -> list[Batch]:
+    def batches_of(self, dataset: object) -> list[Batch]:
         """All of a small data set, collated as for training, the same on every rank."""
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="calibration")
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         loader = by_length(dataset, collate, self.args.per_device_train_batch_size)
         return [dict(self._prepare_inputs(batch)) for batch in loader]
+
+    def propose(self) -> Plan:
+        """Rank and plan as `prune` does, and change nothing: a plan to print, draw, edit, save, and give to `prune`.
+
+        Raises:
+            ValueError: The model was pruned already, or the budget cannot be reached.
+        """
+        if self.plan is not None:
+            raise ValueError("the model was pruned already: save it, load it, and give it to a new KDPruneTrainer")
+        data, budget = self.calibration, Budget.parse(self.args.budget)
+        self.matches = match_layers(self.model, self.teacher, data, self.args.layer_map)
+        plan = one_shot(self.model, self.teacher, data, self.matches, self.args.pruning(), judge_of(self, self._judging))
+        return broadcast_object_list([plan])[0] if budget.measured else plan  # ranks may measure other figures
 
     def prune(self, plan: Plan | None = None) -> Plan:
         """Rank, plan, surgery, repair; no training. The model is smaller afterwards.
@@ -112,15 +128,15 @@ class KDPruneTrainer(Trainer):
             ValueError: It was done already, or the plan is for another model.
             RuntimeError: The smaller model would not equal the gated one, or two ranks made different plans.
         """
-        if self.plan is not None:
-            raise ValueError("the model was pruned already: save it, load it, and give it to a new KDPruneTrainer")
-        pruning, data = self.args.pruning(), self.calibration
-        original = frozen_copy(self.model)
-        self.matches = match_layers(self.model, self.teacher, data, self.args.layer_map)
-        plan = plan or one_shot(self.model, self.teacher, data, self.matches, pruning)
+        original, data = frozen_copy(self.model), self.calibration
+        if plan is None or self.plan is not None:
+            plan = self.propose()
+        else:
+            restate(plan, self.model, data[0])
+            self.matches = match_layers(self.model, self.teacher, data, self.args.layer_map)
         if any(kept != plan.kept for kept in gather_object([plan.kept])):
             raise RuntimeError("the ranks made different plans: give them the same data, device and seed")
-        self.repairs = realise(self.model, original, data, plan, pruning)
+        self.repairs = realise(self.model, original, data, plan, self.args.pruning())
         self.teacher, self.plan = self.teacher or original, plan
         return plan
 
@@ -135,7 +151,7 @@ class KDPruneTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if self.plan is None:
             self.prune(Plan.load(Path(resume_from_checkpoint) / "plan.json") if resume_from_checkpoint else None)
-        self._metrics["pruned"] = self._measured_on(self.model, "pruned")
+        self._metrics["pruned"] = measured_on(self, self.model, "pruned", self.eval_dataset)
         before = self.held_out_loss()
         weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
         if self.objective.uses("auxiliary"):
@@ -147,8 +163,7 @@ class KDPruneTrainer(Trainer):
         after = self.held_out_loss()
         if not (better := after < before):
             self.model.load_state_dict(weights)
-        kept = "after" if better else "before"
-        self.recovery = {"held_out_before": before, "held_out_after": after, "kept": kept}
+        self.recovery = {"held_out_before": before, "held_out_after": after, "kept": "after" if better else "before"}
         self._metrics.pop("compact", None)
         return output
 
@@ -198,27 +213,11 @@ class KDPruneTrainer(Trainer):
             self._terms = {}
         super().log(logs, start_time)
 
-    def _measured_on(self, model: PreTrainedModel, name: str) -> dict[str, float]:
-        """The user's metrics for `model` on eval_dataset; {} where there is no data set or no metric."""
-        if self.eval_dataset is None or self.compute_metrics is None:
-            return {}
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        mine, found = (self.model, self.model_wrapped), {}
-        self.model = self.model_wrapped = model
-        try:
-            for part, dataset in sets.items():
-                metrics = self.predict(dataset, metric_key_prefix=name).metrics
-                metrics = {k.removeprefix(f"{name}_"): float(v) for k, v in metrics.items()}
-                found |= {f"{part}_{k}".strip("_"): v for k, v in metrics.items() if k not in NO_METRICS}
-        finally:
-            self.model, self.model_wrapped = mine
-        return found
-
     def report(self, output_dir: str) -> dict:
         """Measure teacher and compact model side by side: the data of report.json; {} on ranks that do not save."""
         for name, model in (("teacher", self.teacher), ("compact", self.model)):
             if name not in self._metrics:
-                self._metrics[name] = self._measured_on(model, name)
+                self._metrics[name] = measured_on(self, model, name, self.eval_dataset)
         self._metrics.setdefault("pruned", self._metrics["compact"])
         if not self.args.should_save:
             return {}

@@ -12,12 +12,15 @@ from datasets import Dataset
 from families import build
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, TrainerCallback
 
-from hf_kdprune import KDPruneConfig, KDPruneTrainer, Plan, load_pretrained
+from hf_kdprune import KDPruneConfig, KDPruneTrainer, Plan, find_sites, load_pretrained
+from hf_kdprune.prune import latency
+from hf_kdprune.prune.importance import mean_length
+from hf_kdprune.prune.judge import feature_error
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(95))]
 
 
-def tiny_bert(layers=2, hidden=32, labels=("bad", "good"), vocab=100, seed=0):
+def tiny_bert(layers=2, hidden=32, labels=("bad", "good"), vocab=100, seed=0, spread=0.02):
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=vocab,
@@ -26,6 +29,7 @@ def tiny_bert(layers=2, hidden=32, labels=("bad", "good"), vocab=100, seed=0):
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=32,
+        initializer_range=spread,
         id2label=dict(enumerate(labels)),
         label2id={name: i for i, name in enumerate(labels)},
     )
@@ -42,6 +46,10 @@ def rows(count=96, labelled=True, seed=0):
     return Dataset.from_dict(data)
 
 
+def accuracy(predicted):
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+
 @pytest.fixture
 def tokenizer(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
@@ -52,7 +60,7 @@ def tokenizer(tmp_path):
 def make(tmp_path, tokenizer):
     """Build a trainer; keyword arguments are the trainer's or KDPruneConfig's fields."""
 
-    def build(model=None, teacher=None, train_dataset=None, output=None, callbacks=None, **settings):
+    def build(model=None, teacher=None, train_dataset=None, output=None, callbacks=None, metrics=accuracy, **settings):
         defaults = {
             "output_dir": str(output or tmp_path / "out"),
             "per_device_train_batch_size": 8,
@@ -70,7 +78,7 @@ def make(tmp_path, tokenizer):
             train_dataset=rows() if train_dataset is None else train_dataset,
             eval_dataset=rows(32, seed=1),
             processing_class=tokenizer,
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            compute_metrics=metrics,
             callbacks=callbacks,
         )
 
@@ -127,6 +135,103 @@ def test_prune_alone_keeps_the_teacher_as_it_was(make):
     assert trainer.repairs and all(r.after < r.before for r in trainer.repairs if r.accepted)
     with pytest.raises(ValueError, match="already"):
         trainer.prune()
+
+
+def test_a_proposal_changes_nothing_and_is_what_prune_does(make):
+    model = tiny_bert().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = make(model=model, budget="macs=0.5", keep=["bert.encoder.layer.0.attention:3"], least=1)
+    plan = trainer.propose()
+    assert trainer.model is model and model.training and trainer.plan is None and not trainer.repairs
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert 3 in plan.sites[0].kept and all(site.kept for site in plan.sites) and plan.budget["reached"] <= 0.5
+    assert make(model=tiny_bert(), budget="macs=0.5", keep=["bert.encoder.layer.0.attention:3"], least=1).prune() == plan
+    assert trainer.prune(plan) is plan and trainer.plan is plan
+    with pytest.raises(ValueError, match="already"):
+        trainer.propose()
+
+
+def test_a_proposal_is_edited_saved_and_replayed(make, tmp_path):
+    plan = make(budget="macs=0.5").propose()
+    plan.sites[0].kept, plan.sites[3].kept = [0, 2, 3], list(range(24))
+    plan.save(tmp_path / "plan.json")
+    trainer = make(budget="macs=0.5")
+    trainer.prune(Plan.load(tmp_path / "plan.json"))
+    assert trainer.plan.kept == plan.kept
+    assert trainer.model.config.kdprune["sites"][plan.sites[0].name]["units"] == 3
+    macs = [find_sites(m, trainer.calibration[0], plan.budget["seq_len"]).macs() for m in (trainer.model, trainer.teacher)]
+    assert trainer.plan.budget["reached"] == pytest.approx(macs[0] / macs[1])
+
+
+def test_a_plan_for_other_weights_is_refused_before_surgery(make):
+    plan, other = make().propose(), make(model=tiny_bert(seed=1))
+    before = other.model.num_parameters()
+    with pytest.raises(ValueError, match="made for other weights"):
+        other.prune(plan)
+    assert other.model.num_parameters() == before
+
+
+def test_a_budget_in_time(make, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.01)
+    trainer = make(model=tiny_bert(layers=3), budget="latency=0.9", latency_batch=4, max_steps=1)
+    trainer.train()
+    budget = trainer.plan.budget
+    assert budget["asked"] == "latency=0.9" and budget["batch"] == 4 and budget["device"] and budget["reached"] > 0
+    assert budget["predicted"] <= 0.9 and budget["seq_len"] == mean_length(trainer.calibration)
+
+
+def test_a_budget_in_feature_loss(make):
+    trainer = make(model=tiny_bert(spread=0.2), budget="loss=0.2", train_dataset=rows(200))
+    plan = trainer.prune()
+    assert plan.budget["loss"] <= 0.2 and 0.1 < plan.budget["reached"] < 1 and plan.budget["asked"] == "loss=0.2"
+    judge = trainer.batches_of(trainer._judging)
+    assert feature_error(trainer.model, trainer.teacher, judge, trainer.matches) == pytest.approx(plan.budget["loss"])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "settings", "match"),
+    [
+        (lambda p: {"f1": 1.0, "accuracy": 1.0}, {}, r"must be one of \['accuracy', 'f1'\].*got None"),
+        (lambda p: {"f1": 1.0}, {"metric_for_best_model": "bleu"}, r"must be one of \['f1'\].*got 'bleu'"),
+        (lambda p: {"f1": 0.0}, {}, "f1 of the model as given is 0.0: choose another metric_for_best_model"),
+    ],
+)
+def test_which_metric_may_fall_must_be_clear(make, metrics, settings, match):
+    with pytest.raises(ValueError, match=match):
+        make(budget="loss=1%", metrics=metrics, **settings).propose()
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_budget_in_a_metric(make, greater):
+    """A metric by hand: how near the logits are to what they were, so that it falls with the size."""
+    model = tiny_bert(spread=0.2)
+    whole = []
+
+    def near(predicted):
+        whole.append(predicted.predictions)
+        apart = float(np.abs(predicted.predictions - whole[0]).mean() / np.abs(whole[0]).std())
+        return {"near": 1 - apart, "far": 1 + apart, "other": 0.0}
+
+    settings = (
+        {"metric_for_best_model": "near"} if greater else {"metric_for_best_model": "eval_far", "greater_is_better": False}
+    )
+    trainer = make(model=model, budget="loss=10%", metrics=near, train_dataset=rows(200), **settings)
+    plan = trainer.propose()
+    assert model.num_parameters() == tiny_bert().num_parameters()
+    assert 0 < plan.budget["loss"] <= 0.1 and 0.1 < plan.budget["reached"] < 1 and plan.budget["before"] == 1
+    assert plan.budget["metric"] == ("near" if greater else "far")
+    assert len(whole) <= 9 and all(len(p) == 18 for p in whole)  # a tenth of what recovery's judges left
+
+
+def test_what_judges_a_loss_is_seen_by_nothing_else(make):
+    trainer = make(budget="loss=0.2", train_dataset=rows(200))
+    judging = {tuple(ids) for ids in trainer._judging["input_ids"]}
+    held = {tuple(ids[ids > 0].tolist()) for batch in trainer._held_out for ids in batch["input_ids"]}
+    trained = {tuple(ids) for ids in trainer.train_dataset["input_ids"]}
+    calibrated = {tuple(ids[ids > 0].tolist()) for batch in trainer.calibration for ids in batch["input_ids"]}
+    assert len(judging) == 18 and not judging & (held | trained | calibrated)
+    assert make(train_dataset=rows(200))._judging is None
 
 
 @pytest.mark.parametrize(("layers", "hidden"), [(3, 32), (2, 48), (4, 16)])
@@ -255,7 +360,7 @@ def test_load_best_model_at_end(make):
     assert (Path(trainer.state.best_model_checkpoint) / "plan.json").is_file()
 
 
-BAD_BUDGETS = ["macs=2", "mac=0.5", "macs=0", "macs=", "half", "latency=0.5"]
+BAD_BUDGETS = ["macs=2", "mac=0.5", "macs=0", "macs=", "half", "latency=2"]
 
 
 @pytest.mark.parametrize("budget", BAD_BUDGETS)
@@ -294,6 +399,12 @@ def test_unreachable_budget_is_refused_before_work(make):
         ({"schedule": "gradual"}, "schedule must be one of"),
         ({"shapes": "square"}, "shapes must be one of"),
         ({"round_to": 0}, "round_to must be at least 1"),
+        ({"keep": ["bert.encoder.layer.9"]}, "near are bert.encoder.layer"),
+        ({"keep": ["bert.encoder.layer"]}, "all is gone that keep=.* lets go"),
+        ({"least": 1.5}, "least is what each site keeps"),
+        ({"least": 0.9}, "all is gone that least=0.9, round_to=8 lets go"),
+        ({"latency_batch": 0}, "latency_batch must be at least 1"),
+        ({"budget": "loss=1%", "metrics": None}, "compute_metrics is None"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(make, case, match):

@@ -62,7 +62,7 @@ class Demo:
         """Of the compact model: "minilm-banking77-macs50"."""
         budget = re.sub(r"=(0\.\d+)", lambda share: f"{float(share[1]) * 100:g}", self.budget)
         parts = Path(self.model or "minilm").name, Path(self.dataset or "banking77").name, budget
-        return re.sub(r"[^\w.-]+", "-", "-".join(parts)).lower()
+        return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-").lower()
 
     @property
     def command(self) -> str:

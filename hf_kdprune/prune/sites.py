@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .latency_table import LatencyTable
+
 PLAN_VERSION = 1
 
 
@@ -136,12 +138,14 @@ class Sites(list[Site]):
         other_macs: MACs for each sample, outside the sites (a language model's head, a classifier).
         other_params: Parameters outside the sites; embeddings are here.
         seq_len: Tokens of a sample, at which MACs were counted; None where the input is no text.
+        latency: Measured times, see `time_sites`; None until somebody measured.
     """
 
     def __init__(self, sites: Iterable[Site], *, other_macs: int, other_params: int, seq_len: int | None):
         """Take the sites and the fixed costs, see the class."""
         super().__init__(sites)
         self.other_macs, self.other_params, self.seq_len = other_macs, other_params, seq_len
+        self.latency: LatencyTable | None = None
 
     def macs(self, kept: dict[str, int] | None = None) -> int:
         """MACs of one forward pass over one sample; `kept` gives units left by site (default: all)."""
@@ -185,15 +189,27 @@ class Plan:
 
     Attributes:
         sites: One SitePlan a site.
-        budget: {"asked": "macs=0.5", "reached": share that remains, "seq_len": tokens at which MACs were counted}.
+        budget: {"asked": "macs=0.5", "reached": share that remains, "seq_len": tokens at which MACs were counted}; of a
+            latency also what was predicted, and batch and device of the measurement; of a loss also the loss.
         importance: The score that ranked the units.
         version: Of the format of plan.json.
+        weights: Fingerprint of the weights for which it was made, before surgery; "": not said.
     """
 
     sites: list[SitePlan]
     budget: dict
     importance: str
     version: int = PLAN_VERSION
+    weights: str = ""
+
+    def __str__(self) -> str:
+        """A table: what each site keeps, by layer."""
+        shown = [(str(s.layer), s.kind, f"{len(s.kept)} of {s.total}", s.name, ranges(s.kept)) for s in self.sites]
+        head = ("layer", "kind", "kept", "site", "units kept")
+        widths = [max(len(row[i]) for row in (head, *shown)) for i in range(4)]
+        lines = ["  ".join([*(t.ljust(w) for t, w in zip(row, widths, strict=False)), row[4]]) for row in (head, *shown)]
+        facts = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.budget.items())
+        return "\n".join([f"ranked by {self.importance}; budget: {facts}", *lines])
 
     def __getitem__(self, name: str) -> SitePlan:
         """The plan of one site, by name."""
@@ -220,7 +236,8 @@ class Plan:
             raise ValueError(
                 f"{path} has plan version {data['version']}; this hf_kdprune reads up to {PLAN_VERSION}: upgrade it"
             )
-        return cls([SitePlan(**s) for s in data["sites"]], data["budget"], data["importance"], data["version"])
+        sites = [SitePlan(**s) for s in data["sites"]]
+        return cls(sites, data["budget"], data["importance"], data["version"], data.get("weights", ""))
 
     @classmethod
     def random(cls, sites: Sites, budget: str, seed: int = 0) -> Plan:
@@ -228,3 +245,15 @@ class Plan:
         from .importance.baselines import random_scores  # scores make plans; importing them above would be a cycle
 
         return random_scores(sites, seed).plan(budget)
+
+
+def ranges(indices: list[int], most: int = 8) -> str:
+    """Ascending indices as "0-3, 7, 9-11", the middle left out where there are more than `most` runs."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], i]
+        else:
+            runs.append([i])
+    texts = ["-".join(map(str, run)) for run in runs]
+    return ", ".join(texts if len(texts) <= most else [*texts[: most - 1], "...", texts[-1]]) or "none"

@@ -16,6 +16,7 @@ from ..layers import inputs_of
 from .cutting import EmptiedAttention, Undo, cut_site, read_number
 from .discovery import find_sites
 from .experts import READ
+from .fingerprint import check_weights
 from .sites import Plan, Site, Sites
 from .stock import adopt, stock_config
 from .trial import STEP, difference, first_output, gates_at_zero, in_float32
@@ -32,11 +33,12 @@ def apply_plan(model: PreTrainedModel, plan: Plan, batch: dict[str, Tensor] | No
         batch: Inputs for the check that physical equals gated; default: random tokens.
 
     Raises:
-        ValueError: The plan is of another model.
+        ValueError: The plan is of another model, or of other weights.
         RuntimeError: The smaller model differs from the gated one by more than 1e-5; the model is as it was.
     """
     sites = find_sites(model, batch)
     check_plan(sites, plan)
+    check_weights(model, sites, plan)
     batch = made_up_inputs(model) if batch is None else inputs_of(batch)
     stock = stock_config(model, sites, {s.name: len(plan[s.name].kept) for s in sites})
     training = model.training
@@ -101,6 +103,7 @@ def gated(model: PreTrainedModel, plan: Plan, sites: Sites | None = None) -> Ite
     """Within the context, the gates of the units that `plan` removes are 0; the weights are untouched."""
     sites = find_sites(model) if sites is None else sites
     check_plan(sites, plan)
+    check_weights(model, sites, plan)
     with gates_at_zero(model, {site.name: plan[site.name].kept for site in sites}, sites):
         yield
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .budget import KINDS, WHOLE, Limit
+from .rules import Bounds, Rules
 from .sites import Site, Sites
-
-SHAPES = ("free", "uniform", "stock")
 
 
 def allowed_kinds(shapes: str, limit: Limit, stock: tuple[str, ...]) -> tuple[str, ...]:
@@ -19,10 +18,8 @@ def allowed_kinds(shapes: str, limit: Limit, stock: tuple[str, ...]) -> tuple[st
     Raises:
         ValueError: The model's own class can express none of them.
     """
-    if shapes not in SHAPES:
-        raise ValueError(f"shapes must be one of {list(SHAPES)}, got {shapes!r}")
     kinds = KINDS[limit.counts]
-    if shapes == "uniform":
+    if shapes != "stock":
         return kinds
     if not set(kinds) & set(stock):
         raise ValueError(
@@ -34,22 +31,48 @@ def allowed_kinds(shapes: str, limit: Limit, stock: tuple[str, ...]) -> tuple[st
 
 
 def uniform(
-    sites: Sites, values: dict[str, Tensor], limit: Limit, round_to: int, kinds: tuple[str, ...]
+    sites: Sites, ordered: dict[str, Tensor], limit: Limit, rules: Rules, bounds: Bounds, stock: tuple[str, ...]
 ) -> dict[str, int]:
-    """Site name -> units kept, the same in all sites of a kind, at the least lost score within `limit`.
+    """Site name -> units kept, the same in all sites of a kind, at the least lost score within `limit`, which is in reach.
 
     Args:
         sites: The sites.
-        values: Site name -> (units,) scores.
+        ordered: Site name -> (units,) scores in the order in which units go.
         limit: What may remain.
-        round_to: FFN widths become multiples of it.
-        kinds: The kinds of sites that may shrink.
+        rules: Widths and shapes.
+        bounds: What must stay.
+        stock: The kinds of sites that the model's own class can have fewer of.
 
     Raises:
-        ValueError: The layers are not alike to begin with, or the limit cannot be reached.
+        ValueError: The layers are not alike to begin with.
     """
-    choices, lost = {}, {}
-    for kind in kinds:
+    choices = counts(sites, limit, rules, bounds, stock)
+    lost = {kind: lost_by_count([s for s in sites if s.kind == kind], ordered) for kind in choices}
+    best, least = in_all(sites, {kind: numbers[0] for kind, numbers in choices.items()}), float("inf")
+    allowed = limit.allowed(sites)
+    for numbers in product(*choices.values()):
+        chosen = dict(zip(choices, numbers, strict=True))
+        score = sum(float(lost[kind][n]) for kind, n in chosen.items())
+        if score < least:
+            kept = in_all(sites, chosen)
+            if WHOLE[limit.counts](sites, kept) <= allowed:
+                best, least = kept, score
+    return best
+
+
+def in_all(sites: Sites, chosen: dict[str, int]) -> dict[str, int]:
+    """Site name -> units kept, from a number for each kind."""
+    return {s.name: chosen[s.kind] for s in sites if s.kind in chosen}
+
+
+def counts(sites: Sites, limit: Limit, rules: Rules, bounds: Bounds, stock: tuple[str, ...]) -> dict[str, list[int]]:
+    """Kind -> how many units its sites may keep, ascending: at least one, FFN widths in multiples of `round_to`.
+
+    Raises:
+        ValueError: The layers are not alike to begin with.
+    """
+    choices: dict[str, list[int]] = {}
+    for kind in allowed_kinds(rules.shapes, limit, stock):
         mine = [site for site in sites if site.kind == kind]
         totals = {site.total for site in mine}
         if len(totals) > 1:
@@ -58,33 +81,13 @@ def uniform(
                 "take shapes='free'"
             )
         if mine:
-            choices[kind] = counts(mine[0], round_to)
-            lost[kind] = lost_by_count(mine, values)
-    best: tuple[float, dict[str, int]] | None = None
-    allowed = limit.allowed(sites)
-    for numbers in product(*choices.values()):
-        chosen = dict(zip(choices, numbers, strict=True))
-        score = sum(float(lost[kind][n]) for kind, n in chosen.items())
-        if best is None or score < best[0]:
-            kept = {s.name: chosen[s.kind] for s in sites if s.kind in chosen}
-            if WHOLE[limit.counts](sites, kept) <= allowed:
-                best = (score, kept)
-    if best is None:
-        least = WHOLE[limit.counts](sites, {s.name: choices[s.kind][0] for s in sites if s.kind in choices})
-        raise ValueError(
-            f"the budget allows {allowed:,.0f} {limit.counts}; in layers that are all alike, with round_to={round_to} and "
-            f"fewer of {', '.join(kinds)} only, {least:,} is the least: choose a larger budget, or shapes='free'"
-        )
-    return best[1]
+            step = rules.round_to if kind == "ffn" else 1
+            floor = max(1, *(bounds.floors[site.name] for site in mine))
+            choices[kind] = sorted({*range(rules.narrowest(mine[0], floor), mine[0].total + 1, step), mine[0].total})
+    return choices
 
 
-def counts(site: Site, round_to: int) -> list[int]:
-    """How many units a site may keep, ascending: at least one, FFN widths in multiples of `round_to`."""
-    step = round_to if site.kind == "ffn" else 1
-    return sorted({*range(step, site.total + 1, step), site.total})
-
-
-def lost_by_count(sites: list[Site], values: dict[str, Tensor]) -> Tensor:
+def lost_by_count(sites: list[Site], ordered: dict[str, Tensor]) -> Tensor:
     """(units + 1,) score lost over all sites if each keeps its best n."""
-    sums = [values[s.name].sort().values.cumsum(0).flip(0) for s in sites]
+    sums = [ordered[s.name].cumsum(0).flip(0) for s in sites]
     return torch.cat([torch.stack(sums).sum(0), torch.zeros(1, dtype=torch.float64)])

@@ -21,7 +21,18 @@ REPORT_VERSION = 1
 # The fields of KDPruneConfig that a card shows.
 SETTINGS = (
     *("task_weight", "logits_weight", "features_weight", "auxiliary_weight", "temperature", "logits_loss"),
-    *("feature_loss", "layer_map", "importance", "repair", "schedule", "shapes", "round_to", "calibration_samples"),
+    *(
+        "feature_loss",
+        "layer_map",
+        "importance",
+        "repair",
+        "schedule",
+        "shapes",
+        "round_to",
+        "keep",
+        "least",
+        "calibration_samples",
+    ),
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type"),
 )
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "hf_kdprune")
@@ -38,7 +49,7 @@ class Report:
         metrics: teacher, pruned (before recovery), compact: name -> value each; {} where nothing was measured.
         size: teacher, compact: params, macs, disk_bytes each.
         speed: teacher, compact: latency_ms by batch, samples_per_second, peak_memory_bytes; ratio by batch.
-        budget: asked, reached, seq_len.
+        budget: asked, reached, seq_len; of a latency also predicted, batch, device; of a loss also loss, metric, before.
         seeds: seed, data_seed.
         loss: The log history of recovery, the terms of the first loss one by one.
         recovery: held_out_before, held_out_after, kept; None where there was none.

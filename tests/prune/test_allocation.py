@@ -1,11 +1,13 @@
 """Scores and a budget make a plan: it holds, it wastes nothing, and it loses as little as can be."""
 
 import itertools
+import re
 
 import pytest
 import torch
 
 from hf_kdprune import Scores, find_sites
+from hf_kdprune.prune.rules import Rules
 
 BUDGETS = ["macs=0.9", "macs=0.5", "macs=0.17", "params=0.8", "params=0.6", "heads=0.5", "ffn=0.3", "heads=0.7,ffn=0.4"]
 COUNT = {  # what a budget counts, from a plan's kept units
@@ -176,3 +178,113 @@ def test_a_site_of_one_unit_needs_no_order(scored):
 def test_a_budget_that_cannot_be_reached_is_refused_before_planning(scored):
     with pytest.raises(ValueError, match="when every head and neuron is gone"):
         scored().plan("params=0.05")
+
+
+# ---------------------------------------------------------------------------------------------- what must stay
+
+FIRST = "bert.encoder.layer.0.attention"
+KEPT = [  # keep-list, least, and what each site keeps at the very least
+    ([FIRST], 0),
+    (["bert.encoder.layer.1"], 0),
+    ([f"{FIRST}:1", "bert.encoder.layer.0.ffn:0-4,60"], 0),
+    ([], 2),
+    ([], 0.25),
+    ([f"{FIRST}:0,3", "bert.encoder.layer.1.ffn:7"], 1),
+]
+
+
+def must_stay(sites, keep, least):
+    """Site name -> units that a plan has to keep, by the words of the README."""
+    stay = {s.name: set() for s in sites}
+    for entry in keep:
+        name, _, units = entry.partition(":")
+        for site in (s for s in sites if s.name == name or s.name.startswith(name + ".")):
+            for part in units.split(",") if units else [f"0-{site.total - 1}"]:
+                first, _, last = part.partition("-")
+                stay[site.name] |= set(range(int(first), int(last or first) + 1))
+    return stay, {s.name: min(s.total, -(-least * s.total // 1) if least < 1 else least) for s in sites}
+
+
+@pytest.mark.parametrize(("keep", "least"), KEPT)
+@pytest.mark.parametrize("text", ["macs=0.75", "macs=0.6", "params=0.85", "heads=0.6,ffn=0.7"])
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_what_must_stay_stays_and_the_budget_is_missed_by_less_than_one_step(scored, text, keep, least, round_to):
+    scores = scored(seed=3)
+    plan = scores.plan(text, round_to, keep=keep, least=least)
+    sites, kept = scores.sites, counts(plan)
+    stay, fewest = must_stay(sites, keep, least)
+    for site in sites:
+        assert stay[site.name] <= set(plan[site.name].kept)
+        assert kept[site.name] >= fewest[site.name]
+        assert kept[site.name] % round_to == 0 or site.kind == "attention"
+        free = scores.values[site.name][sorted(set(plan[site.name].kept) - stay[site.name])]
+        gone = scores.values[site.name][plan[site.name].removed]
+        assert not len(free) or not len(gone) or gone.max() < free.min()  # of the others, the best
+    for part in text.split(","):
+        name, share = part.split("=")
+        allowed = float(share) * COUNT[name](sites, {s.name: s.total for s in sites})
+        assert COUNT[name](sites, kept) <= allowed
+        for site in (s for s in sites if kept[s.name] < s.total):
+            more = kept | {site.name: min(kept[site.name] + (1 if site.kind == "attention" else round_to), site.total)}
+            if COUNT[name](sites, more) > COUNT[name](sites, kept):
+                assert COUNT[name](sites, more) > allowed, f"{site.name} could have kept {more[site.name]}"
+
+
+def test_nothing_to_keep_is_the_plan_without_rules(scored):
+    scores = scored()
+    for text in BUDGETS:
+        assert scores.plan(text, keep=[], least=0) == scores.plan(text)
+
+
+@pytest.mark.parametrize("counted", ["macs", "params"])
+@pytest.mark.parametrize(("keep", "least"), KEPT)
+@pytest.mark.parametrize("shapes", ["free", "uniform"])
+def test_a_budget_out_of_reach_says_what_is_in_reach_with_what_must_stay(scored, counted, keep, least, shapes):
+    scores = scored()
+    with pytest.raises(ValueError, match=r"round_to=8 lets go: choose a share between") as refusal:
+        scores.plan(f"{counted}=0.01", 8, shapes, keep, least)
+    assert not keep or repr(keep) in str(refusal.value)
+    share = re.search(r"between ([\d.]+) and 1$", str(refusal.value))[1]
+    plan = scores.plan(f"{counted}={share}", 8, shapes, keep, least)  # the next step that it names works
+    assert plan.budget["reached"] == pytest.approx(float(share), abs=1e-3)
+
+
+def test_uniform_layers_keep_single_units_among_their_best(scored):
+    scores = scored()
+    worst = [int(scores.values[FIRST].argmin()), int(scores.values["bert.encoder.layer.1.ffn"].argmin())]
+    keep = [f"{FIRST}:{worst[0]}", f"bert.encoder.layer.1.ffn:{worst[1]}"]
+    plan = scores.plan("macs=0.5", 8, "uniform", keep)
+    assert len({len(s.kept) for s in plan.sites if s.kind == "attention"}) == 1
+    assert worst[0] in plan[FIRST].kept and worst[1] in plan["bert.encoder.layer.1.ffn"].kept
+
+
+@pytest.mark.parametrize("shapes", ["uniform", "stock"])
+def test_a_whole_site_kept_in_uniform_layers_keeps_all_of_its_kind(scored, shapes):
+    scores = scored()
+    plan = scores.plan("macs=0.7", 8, shapes, [FIRST])
+    assert [len(s.kept) for s in plan.sites if s.kind == "attention"] == [4, 4]
+    assert all(len(s.kept) < 64 for s in plan.sites if s.kind == "ffn")
+    with pytest.raises(ValueError, match=r"all is gone that keep=\['bert\.encoder\.layer\.0\.attention'\], shapes="):
+        scores.plan("macs=0.3", 8, shapes, [FIRST])
+
+
+def test_the_lowest_share_is_the_least_that_can_be_planned(scored):
+    for keep, least in KEPT:
+        for shapes in ("free", "uniform"):
+            scores, rules = scored(), Rules(8, shapes, keep, least)
+            share = scores.lowest("macs", rules)
+            plan = scores.plan(f"macs={min(1, share + 1e-6):.7f}", 8, shapes, keep, least)
+            assert plan.budget["reached"] == pytest.approx(share)
+            with pytest.raises(ValueError, match="choose a"):
+                scores.plan(f"macs={share - 1e-3:.7f}", 8, shapes, keep, least)
+
+
+@pytest.mark.parametrize("text", ["loss=0.1", "loss=1%"])
+def test_scores_alone_cannot_bound_a_loss(scored, text):
+    with pytest.raises(ValueError, match=r'KDPruneConfig\(budget="loss=\.\.\."\), or call plan_for_loss'):
+        scored().plan(text)
+
+
+def test_scores_alone_know_no_latency(scored):
+    with pytest.raises(ValueError, match=r"scores\.latency = time_sites\(model, batch, scores\.sites\)"):
+        scored().plan("latency=0.6")

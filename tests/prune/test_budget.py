@@ -8,9 +8,11 @@ from hf_kdprune import apply_plan, find_sites
 from hf_kdprune.prune.budget import Budget
 
 BAD = [
-    *("", "macs", "macs=", "=0.5", "0.5", "mac=0.5", "latency=0.5", "MACS=0.5", "macs:0.5", "macs=half", "macs=50%"),
+    *("", "macs", "macs=", "=0.5", "0.5", "mac=0.5", "latency=2", "MACS=0.5", "macs:0.5", "macs=half", "macs=50%"),
     *("macs=0", "macs=-1", "macs=-0.5", "macs=nan", "macs=inf", "macs=2", "macs=1e9", "macs=1e400", "macs=0.5.5"),
     *("params=0K", "params=0.0005K", "params=12m", "params=12 M B", "heads=0", "heads=3", "heads=0.5M", "ffn=2"),
+    *("latency=12", "latency=0ms", "latency=-1ms", "latency=12s", "latency=12M", "latency=50%", "latency=0.5,macs=0.5"),
+    *("loss=0", "loss=2", "loss=-0.1", "loss=100%", "loss=1ms", "loss=1M", "loss=%", "loss=0.1,macs=0.5", "macs=5ms"),
     *("heads=0.5,heads=0.2", "macs=0.5,params=0.5", "heads=0.5,macs=0.5", "macs=0.5,", ",", "heads=0.5;ffn=0.5"),
 ]
 
@@ -38,6 +40,25 @@ def test_a_share_is_of_the_model_as_given(tiny, text, share):
 def test_an_absolute_number_is_taken_as_it_is(tiny, text, number):
     (limit,) = Budget.parse(text).limits
     assert limit.allowed(find_sites(tiny())) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "counts", "value", "unit"),
+    [
+        ("latency=0.6", "latency", 0.6, ""),
+        ("latency=12ms", "latency", 12, "ms"),
+        (" latency = 0.5 ms ", "latency", 0.5, "ms"),
+        ("loss=0.1", "loss", 0.1, ""),
+        ("loss=1%", "loss", 0.01, "%"),
+        ("loss=0%", "loss", 0, "%"),
+    ],
+)
+def test_time_and_loss(tiny, text, counts, value, unit):
+    budget = Budget.parse(text)
+    (limit,) = budget.limits
+    assert (limit.counts, limit.value, limit.unit) == (counts, pytest.approx(value), unit)
+    assert budget.measured and not Budget.parse("macs=0.5").measured
+    budget.check(find_sites(tiny()))  # what was not measured yet cannot be refused
 
 
 @pytest.mark.parametrize("text", ["heads=0.5,ffn=0.25", "ffn=0.25, heads=0.5"])

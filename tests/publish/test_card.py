@@ -119,6 +119,24 @@ def test_what_is_not_known_is_not_in_the_front_matter(tmp_path):
     assert not {"license", "base_model", "datasets", "model-index", "metrics"} & set(data)
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (
+            {"asked": "latency=0.6", "reached": 0.6121, "predicted": 0.5812, "batch": 32, "device": "A CPU"},
+            "0.6121. That is of its time, measured by turns on A CPU at batch 32; predicted: 0.5812.",
+        ),
+        ({"asked": "loss=0.1", "reached": 0.5512, "loss": 0.0912}, "held out for this: 0.0912, as feature loss."),
+        (
+            {"asked": "loss=1%", "reached": 0.4311, "loss": 0.0071, "metric": "f1", "before": 0.9},
+            "0.4311. That is of its MACs; lost on training samples held out for this: 0.0071 of the f1 of 0.9000.",
+        ),
+    ],
+)
+def test_a_budget_in_time_or_loss_says_what_was_measured(tmp_path, facts, said):
+    assert said in saved(tmp_path, report(budget={"seq_len": 14, **facts}))
+
+
 def test_every_figure_of_the_report_is_shown(tmp_path):
     card = saved(tmp_path, REPORT)
     assert "77% of the parameters, 50% of the MACs, 53% of the latency at batch 32; accuracy 0.9203" in card

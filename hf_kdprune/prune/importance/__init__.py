@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ...layers import LayerMatch, real_positions
 from ..allocation import Scores
 from ..discovery import find_sites
+from ..fingerprint import fingerprint
 from ..stock import stock_kinds
 from .ablation import ablation
 from .asked import Asked
@@ -65,7 +66,7 @@ def score_units(
     sites = find_sites(model, batches[0], mean_length(batches))
     other = None if teacher is model else teacher
     values, errors = IMPORTANCE[importance](model, other, batches, Asked(sites, matches, seed))
-    return Scores(sites, values, errors, importance, stock_kinds(model, sites))
+    return Scores(sites, values, errors, importance, stock_kinds(model, sites), fingerprint(model, sites))
 
 
 def mean_length(batches: Sequence[dict[str, Tensor]]) -> int | None:
