@@ -87,10 +87,30 @@ def as_table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> str:
 def inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `kdprune inspect`."""
     parser.add_argument("model", help="Hub id or path")
-    parser.add_argument("--seq-len", type=int, default=128, help="tokens at which MACs are counted (%(default)s)")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens at which the table counts MACs (%(default)s)")
+    parser.add_argument("--curve", metavar="PNG", help="draw predicted feature loss against MACs (ranks on real text)")
+    parser.add_argument(
+        "--plan", metavar="BUDGET", help="show what a budget would keep, and change nothing (ranks on real text)"
+    )
+    parser.add_argument("--save", metavar="JSON", help="write that plan")
+    parser.add_argument("--draw", metavar="PNG", help="draw that plan")
+    parser.add_argument("--dataset", help="texts that rank: Hub id, or a folder with train and test files (default: Banking77)")
+    parser.add_argument("--samples", type=int, default=256, help="so many of them (%(default)s)")
+    parser.add_argument("--importance", default="feature_loss", help="the score (%(default)s)")
+    parser.add_argument("--shapes", default="free", help="free, uniform or stock (%(default)s)")
+    parser.add_argument("--round-to", type=int, default=8, help="FFN widths are multiples of it (%(default)s)")
+    parser.add_argument("--keep", nargs="+", default=[], help="sites, layers, or units of a site (name:0,5) that must stay")
+    parser.add_argument("--least", type=float, default=0, help="units that each site keeps, a share or a number (%(default)g)")
 
 
 def inspect(args: argparse.Namespace) -> tuple[dict, str]:
+    """The sites of a model and what they cost; or what a budget would keep, and what each size would lose."""
+    if (args.save or args.draw) and not args.plan:
+        raise ValueError(f"--save and --draw need a plan, got none for {args.save or args.draw}: add --plan with a budget")
+    return propose(args) if args.plan or args.curve else sites_table(args)
+
+
+def sites_table(args: argparse.Namespace) -> tuple[dict, str]:
     """The sites of a model and what they cost."""
     from .prune.discovery import find_sites
     from .publish.checkpoint import load_pretrained
@@ -106,6 +126,37 @@ def inspect(args: argparse.Namespace) -> tuple[dict, str]:
     shown = [(r[0], r[1], *(f"{n:,}" for n in r[2:])) for r in rows]
     total = ("the whole model", "", "", f"{data['params']:,}", f"{data['macs']:,}")
     return data, as_table([*shown, total], ("site", "kind", "units", "parameters", f"MACs, {args.seq_len} tokens"))
+
+
+def propose(args: argparse.Namespace) -> tuple[dict, str]:
+    """Rank on real text; the plan, the curve, or both."""
+    from dataclasses import asdict
+
+    from .inspection import rank_on_text
+    from .prune.schedule import Pruning
+    from .publish.plots import draw_curve, draw_plan
+
+    named = {name: getattr(args, name) for name in ("importance", "shapes", "round_to", "keep", "least")}
+    ranking = rank_on_text(args.model, args.dataset, args.samples, Pruning(args.plan or "macs=1", **named))
+    sites = ranking.scores.sites
+    data: dict = {"importance": args.importance, "macs": sites.macs(), "seq_len": sites.seq_len}
+    lines = []
+    if args.plan:
+        plan = ranking.plan()
+        data["plan"] = asdict(plan)
+        lines.append(str(plan))
+    if args.save:
+        plan.save(args.save)
+        lines.append(f"saved: {args.save}")
+    if args.draw:
+        draw_plan(data["plan"], args.draw)
+        lines.append(f"drawn: {args.draw}")
+    if args.curve:
+        data["curve"] = ranking.curve()
+        draw_curve(data["curve"], args.curve, ranking.label, sites.seq_len)
+        rows = [(f"{p['share']:.3f}", f"{p['macs']:,}", f"{p['loss']:.4g}") for p in data["curve"][::3]]
+        lines.append(as_table(rows, ("share", f"MACs, {sites.seq_len} tokens", ranking.label)) + f"drawn: {args.curve}")
+    return data, "\n".join(lines)
 
 
 def directory(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +190,7 @@ def push(args: argparse.Namespace) -> tuple[dict, str]:
 Command = tuple[Callable[[argparse.Namespace], tuple[dict, str]], Callable[[argparse.ArgumentParser], None], str]
 COMMANDS: dict[str, Command] = {
     "demo": (demo, demo_arguments, "the main job on embedded real data, no network"),
-    "inspect": (inspect, inspect_arguments, "sites, units, parameters and MACs of a model"),
+    "inspect": (inspect, inspect_arguments, "sites and costs of a model; what a budget would keep, and lose"),
     "card": (card, directory, "write the card of a saved model again"),
     "push": (push, push_arguments, "upload a saved model to the Hub"),
 }

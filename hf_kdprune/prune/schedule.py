@@ -86,6 +86,17 @@ def one_shot(
         judge: What a budget of "loss=" needs.
     """
     scores = score_units(model, teacher, batches, pruning.importance, matches=matches, seed=pruning.seed)
+    return make_plan(model, scores, batches, pruning, judge)
+
+
+def make_plan(
+    model: PreTrainedModel,
+    scores: Scores,
+    batches: Sequence[dict[str, Tensor]],
+    pruning: Pruning,
+    judge: Judge | None = None,
+) -> Plan:
+    """Plan for the whole budget from scores that are there, measuring what the budget needs; arguments as of `one_shot`."""
     counts = Budget.parse(pruning.budget).counts
     if counts == "latency":
         return plan_for_latency(model, scores, batches[0], pruning)

@@ -1,4 +1,4 @@
-"""The pictures of the model card: what each layer kept, what it cost, how training went.
+"""The pictures of the model card: what each layer kept, what it cost, how training went; and of `kdprune inspect`.
 
 Every function draws one PNG from plain data and says whether it drew it. `Figure` objects only, never pyplot: nothing
 global is touched, so a notebook's or a training run's own figures and styles stay as they are.
@@ -112,6 +112,31 @@ def draw_loss(report: dict, path: Path | str) -> bool:
     axes.set_ylabel("loss", color=INK)
     axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=9, labelcolor=INK)
+    return _save(figure, path)
+
+
+def draw_curve(points: list[dict], path: Path | str, label: str, tokens: int | None) -> bool:
+    """Draw what is lost, by the scores of what goes, against the MACs that remain.
+
+    Args:
+        points: {"share": of the MACs, "loss": predicted} each, in the order of the shares.
+        path: The PNG to write.
+        label: What "loss" is.
+        tokens: Of a sample, at which MACs were counted.
+
+    Returns:
+        False, and no file, if there is no point.
+    """
+    if not points:
+        return False
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    _frame(axes)
+    _curve(axes, np.array([(100 * p["share"], p["loss"]) for p in points]), BLUE, "predicted")
+    axes.set(xlim=(0, 100), ylim=(min(0, *(p["loss"] for p in points)), None))
+    axes.set_xlabel(f"MACs kept (%{f', at {tokens} tokens' if tokens else ''})", color=INK, fontsize=9)
+    axes.set_ylabel(f"{label}, before repair", color=INK, fontsize=9)
+    axes.grid(color=GRID, linewidth=0.6)
     return _save(figure, path)
 
 

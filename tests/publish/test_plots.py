@@ -72,9 +72,19 @@ def test_loss_is_drawn_at_any_length(tmp_path, points):
     assert path.stat().st_size < LIMIT
 
 
+@pytest.mark.parametrize("losses", [(3, 2, 0.5, 0), (1e-4, 5e-5, 1e-7, 0), (0.2, -1e-3, 0, 0), (0,)])
+def test_curve_is_drawn_at_any_scale(tmp_path, losses):
+    path = tmp_path / "curve.png"
+    points = [{"share": (i + 1) / len(losses), "macs": i, "loss": loss} for i, loss in enumerate(losses)]
+    assert plots.draw_curve(points, path, "predicted feature loss", 16)
+    assert plots.draw_curve(points, path, "predicted feature loss", None)
+    assert path.stat().st_size < LIMIT and path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_nothing_to_draw_leaves_no_file(tmp_path):
     path = tmp_path / "none.png"
     assert not plots.draw_loss(report(), path)
+    assert not plots.draw_curve([], path, "", None)
     assert not plots.draw_plan({"sites": [], "importance": ""}, path)
     assert not plots.draw_tradeoff(report(metrics={}, size={}, speed={}), path)
     assert not path.exists()
