@@ -128,7 +128,7 @@ class KDPruneTrainer(Trainer):
             ValueError: It was done already, or the plan is for another model.
             RuntimeError: The smaller model would not equal the gated one, or two ranks made different plans.
         """
-        original, data = frozen_copy(self.model), self.calibration
+        data = self.calibration
         if plan is None or self.plan is not None:
             plan = self.propose()
         else:
@@ -136,6 +136,7 @@ class KDPruneTrainer(Trainer):
             self.matches = match_layers(self.model, self.teacher, data, self.args.layer_map)
         if any(kept != plan.kept for kept in gather_object([plan.kept])):
             raise RuntimeError("the ranks made different plans: give them the same data, device and seed")
+        original = frozen_copy(self.model)
         self.repairs = realise(self.model, original, data, plan, self.args.pruning())
         self.teacher, self.plan = self.teacher or original, plan
         return plan
