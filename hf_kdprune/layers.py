@@ -118,6 +118,11 @@ def at_real(features: Tensor, batch: Batch) -> Tensor:
     return features.flatten(0, -2)[positions_of(batch, features).flatten()]
 
 
+def root_mean_square(features: Tensor) -> Tensor:
+    """Of each position, (..., 1); no derivative."""
+    return features.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6).to(features.dtype)
+
+
 def layer_pairs(layer_map: str | list, students: int, teachers: int) -> list[tuple[int, int]]:
     """Pair student layers with teacher layers.
 
@@ -175,6 +180,12 @@ def match_layers(
     return [LayerMatch(s, t, *facts) for (s, t), facts in zip(pairs, described, strict=True)]
 
 
+def check_finite(features: Tensor, layer: int) -> None:
+    """Raise ValueError where features of the teacher are NaN or infinite."""
+    if not bool(features.isfinite().all()):
+        raise ValueError(f"teacher features must be finite; layer {layer} gave NaN or infinity: check the model")
+
+
 def joint_moments(
     source: PreTrainedModel, model: PreTrainedModel | None, batches: Sequence[Batch], pairs: list[tuple[int, int]]
 ) -> list[Tensor]:
@@ -185,8 +196,7 @@ def joint_moments(
         learnt = hidden_states(model, batch) if model is not None else taught
         for i, (s, t) in enumerate(pairs):
             x = at_real(taught[t], batch).double()
-            if not bool(x.isfinite().all()):
-                raise ValueError(f"teacher features must be finite; layer {t} gave NaN or infinity: check the model")
+            check_finite(x, t)
             parts = [x, x.new_ones(len(x), 1)] + ([at_real(learnt[s], batch).double()] if model is not None else [])
             joint = torch.cat(parts, 1)
             moments[i] = moments[i] + (joint.T @ joint).cpu()

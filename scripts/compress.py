@@ -1,6 +1,6 @@
 """Compress a text classifier, on one device or on many, by a recipe: recipes/banking77.yaml explains the keys of one.
 
-    accelerate launch scripts/compress.py RECIPE.yaml [--model HUB_ID_OR_PATH]
+accelerate launch scripts/compress.py RECIPE.yaml [--model HUB_ID_OR_PATH]
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Fill the tables of README.md from the files that commands wrote: no figure there is typed by hand.
 
-    python scripts/readme.py          # rewrites README.md
-    python scripts/readme.py --check  # exits with 1 if README.md is not what the files say (the tests run this)
+python scripts/readme.py          # rewrites README.md
+python scripts/readme.py --check  # exits with 1 if README.md is not what the files say (the tests run this)
 """
 
 import argparse

@@ -146,17 +146,23 @@ def feature_loss():
 
 @torch.no_grad()
 def second_loss(model, batches, matches, targets, metric="covariance"):
-    """Mean over layers and real positions of the squared error of the features under a metric, in float64.
+    """Mean over real positions and weighted mean over layers of the squared error of the features, in float64.
 
-    `targets` are the teacher's features, a list of layers for each batch.
+    "covariance": each position over the target's root mean square, under Sigma / tr(Sigma)^2 of the targets, half of it in the
+    last layer. "plain": over the variance, layers alike. `targets` are the teacher's features, a list of layers for each batch.
     """
-    total, positions = 0.0, 0
-    for batch, target in zip(batches, targets, strict=True):
-        mask, states = real_positions(batch), hidden_states(model, batch)
-        positions += int(mask.sum())
-        for match, wanted in zip(matches, target, strict=True):
-            error = (states[match.student] - wanted)[mask].double()
-            sigma = match.covariance.double()
-            weigh = sigma / sigma.trace() ** 2 if metric == "covariance" else torch.eye(len(sigma)) / sigma.trace()
-            total += float(((error @ weigh.double()) * error).sum())
-    return total / positions / len(matches)
+    masks = [real_positions(batch) for batch in batches]
+    positions, total = sum(int(mask.sum()) for mask in masks), 0.0
+    states = [hidden_states(model, batch) for batch in batches]
+    for i, match in enumerate(matches):
+        wanted = torch.cat([target[i][mask] for target, mask in zip(targets, masks, strict=True)]).double()
+        mine = torch.cat([state[match.student][mask] for state, mask in zip(states, masks, strict=True)]).double()
+        if metric == "plain":
+            total += float((mine - wanted).square().sum()) / float(match.covariance.trace()) / len(matches)
+            continue
+        size = wanted.square().mean(1, keepdim=True).sqrt()
+        sigma = torch.cov((wanted / size).T, correction=0)
+        error = (mine - wanted) / size
+        share = 1 if len(matches) == 1 else 0.5 if i == len(matches) - 1 else 0.5 / (len(matches) - 1)
+        total += float(((error @ (sigma / sigma.trace() ** 2)) * error).sum()) * share
+    return total / positions

@@ -8,6 +8,7 @@ what the student's has before it. Bottom to top, each site through the sites alr
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..layers import evaluating, positions_of
+from ..layers import TOKENS_PER_COLUMN, evaluating, positions_of, real_positions, root_mean_square
 from .discovery import find_sites
 from .experts import READ
 from .lockstep import Pass, Stop, passes
@@ -25,6 +26,7 @@ from .refit import Seen, plain, refit, weight_of
 from .sites import Part, Sites
 
 Batch = dict[str, Tensor]
+logger = logging.getLogger(__name__)
 HELD_OUT = 8  # every eighth batch judges the refit
 
 
@@ -66,6 +68,7 @@ def repair(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[B
         raise ValueError(f"repair needs at least 2 calibration batches, one to judge the other, got {len(batches)}")
     sites = find_sites(teacher, batches[0])
     check_shapes(model, sites)
+    warn_of_few(model, sites, batches)
     names = {part: site.name if len(site.parts) == 1 else part.consumer for site in sites for part in site.parts}
     done = {part: left(model, part, name) for part, name in names.items()}
     with evaluating(model, teacher):
@@ -96,6 +99,19 @@ def check_shapes(model: nn.Module, sites: Sites) -> None:
                     f"repair refits towards the model before surgery; {consumer} of the teacher has no counterpart "
                     f"with {site.hidden} outputs in the smaller model: give repair a copy made before apply_plan"
                 )
+
+
+def warn_of_few(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> None:
+    """Say so where there are too few tokens for the widest projection: the refit then leans on the present weights."""
+    consumers = [c for site in sites for c in site.consumers if not c.endswith(READ)]
+    width = max((len(weight_of(plain(model.get_submodule(c)))) for c in consumers), default=0)
+    tokens, needed = sum(int(real_positions(batch).sum()) for batch in batches), TOKENS_PER_COLUMN * width
+    if tokens < needed:
+        logger.warning(
+            f"repair has {tokens:,} tokens for projections of up to {width:,} inputs, and wants {needed:,} "
+            f"({TOKENS_PER_COLUMN} for each): it is accepted only where held-out error falls, and will gain less. Give "
+            f"{needed / max(tokens, 1):.1f} times as many samples (calibration_samples)"
+        )
 
 
 def refits(
@@ -134,14 +150,19 @@ def advance(
 
 
 def look(stops: Sequence[tuple[Stop, Tensor, Tensor]], bias: bool) -> Seen:
-    """What the batches show: inputs, and what the projections should write so that the stream is the teacher's."""
+    """What the batches show: inputs, and what the projections should write so that the stream is the teacher's.
+
+    Each position is taken over the root mean square of the stream, as the next norm takes it: else the first token of a
+    language model, whose stream is a hundred times larger, would be all that is fitted.
+    """
     seen = Seen()
     for i, (stop, taught, mask) in enumerate(stops):
         reads = torch.cat([rows(read, mask) for read in stop.reads], 1)
         ones = reads.new_full((len(reads), 1), float(bias))  # where there is no bias, none is invented
         taught, others = rows(taught, mask), rows(stop.others, mask)
         judges = i % HELD_OUT == HELD_OUT - 1 or (len(stops) < HELD_OUT and i == len(stops) - 1)
-        seen.add(torch.cat([reads, ones], 1), taught - others, taught if judges else None)
+        size = root_mean_square(taught)
+        seen.add(torch.cat([reads, ones], 1) / size, (taught - others) / size, taught / size if judges else None)
     return seen
 
 

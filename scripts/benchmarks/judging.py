@@ -10,7 +10,7 @@ import torch
 from teachers import DATA
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kdprune.layers import at_real, hidden_states, inputs_of
 
@@ -97,3 +97,8 @@ class Perplexity:
         perplexity = math.exp(sum(losses) / len(losses))
         self.dense = self.dense or perplexity
         return {"perplexity": perplexity, "ratio": perplexity / self.dense}
+
+
+def matthews_of(predicted: EvalPrediction) -> float:
+    """Matthews correlation of what a Trainer predicted."""
+    return matthews(torch.from_numpy(predicted.predictions).argmax(-1), torch.from_numpy(predicted.label_ids))

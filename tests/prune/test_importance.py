@@ -8,6 +8,9 @@ import torch
 
 from hf_kdprune import find_sites, gated, score_units
 from hf_kdprune.layers import hidden_states, match_layers
+from hf_kdprune.prune.importance import Asked
+from hf_kdprune.prune.importance.feature_loss import under_covariance
+from hf_kdprune.prune.importance.probe import derivatives
 
 
 def table(scores, kind=None):
@@ -85,7 +88,7 @@ def exact_curvature(model, batches, sites, matches, feature_loss, metric):
 @pytest.mark.parametrize("importance", ["feature_loss", "feature_loss:plain"])
 @pytest.mark.parametrize("name", ["bert", "opt"])  # OPT joins batch and seq in its FFN
 def test_the_mean_over_probes_is_the_exact_curvature(tiny, ragged, feature_loss, name, importance):
-    model, batches = tiny(name, intermediate_size=16, ffn_dim=16), ragged(2, 12, seq=6)
+    model, batches = tiny(name, intermediate_size=16, ffn_dim=16), ragged(1, 24, seq=6)
     matches = match_layers(model, None, batches)
     mean = score_units(model, None, batches * 60, importance, matches=matches)
     metric = "plain" if ":" in importance else "covariance"
@@ -101,18 +104,20 @@ def test_the_mean_over_probes_is_the_exact_curvature(tiny, ragged, feature_loss,
 def test_the_first_order_term_is_the_derivative_of_the_loss(tiny, ragged, feature_loss):
     model, teacher, batches = tiny(), tiny(seed=1), ragged(2, 6)
     matches = match_layers(model, teacher, batches)
-    with_teacher = score_units(model, teacher, batches, matches=matches, seed=5)
-    alone = score_units(model, None, batches, matches=matches, seed=5)
-    sites, targets, step = alone.sites, targets_of(teacher, batches, matches), 0.02
+    scores = score_units(model, teacher, batches, matches=matches, seed=5)
+    sites, targets, step = scores.sites, targets_of(teacher, batches, matches), 0.02
+    features = under_covariance(model, teacher, batches, Asked(sites, matches, seed=5))
+    slopes, curvatures = derivatives(model, batches, sites, features.watch, features=True)
     for site in (sites[0], sites[1], sites[2], sites[3]):
+        expected = curvatures.second[site.name] - slopes.first[site.name]
+        torch.testing.assert_close(scores.values[site.name], expected)
         for unit in range(4):
             losses = []
             for by in (step, -step):
                 with gates(model, sites, nudged(sites, site, unit, by)):
                     losses.append(feature_loss(model, batches, matches, targets))
             slope = (losses[0] - losses[1]) / (2 * step)
-            mine = float(alone.values[site.name][unit] - with_teacher.values[site.name][unit])
-            assert mine == pytest.approx(slope, rel=0.02, abs=1e-5)
+            assert float(slopes.first[site.name][unit]) == pytest.approx(slope, rel=0.02, abs=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -244,6 +249,9 @@ def test_what_is_no_importance_and_no_data_is_refused(tiny, ragged):
         score_units(tiny(), None, ragged(1, 4), "guess")
     with pytest.raises(ValueError, match="at least one batch"):
         score_units(tiny(), None, [])
+    padded = [{**batch, "attention_mask": 0 * batch["attention_mask"]} for batch in ragged(2, 4)]
+    with pytest.raises(ValueError, match="all of the 2 batches are padded throughout: look at their attention_mask"):
+        score_units(tiny(), None, padded)
 
 
 # ---------------------------------------------------------------------------------------------- what it costs

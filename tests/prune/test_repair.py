@@ -1,6 +1,7 @@
 """Repair: the refit brings the features back on text that it has not seen, and does nothing where it cannot help."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -227,3 +228,13 @@ def test_a_teacher_of_another_shape_is_refused(tiny, ragged, other):
     with pytest.raises(ValueError, match="repair refits towards the model before surgery.*give repair a copy"):
         repair(smaller, tiny(**other), ragged(8, 8))
     assert same_weights(before, smaller)
+
+
+def test_too_few_tokens_are_said(tiny, ragged, caplog):
+    model = tiny()
+    smaller = pruned(model)
+    repair(smaller, model, ragged(2, 2))
+    assert re.search(r"repair has \d+ tokens for projections of up to \d+ inputs, and wants \d+ .*times as many samples", caplog.text)
+    caplog.clear()
+    repair(smaller, model, ragged(16, 16))
+    assert "tokens for projections" not in caplog.text

@@ -63,6 +63,11 @@ def score_units(
     check_importance(importance)
     if not batches:
         raise ValueError("batches must hold at least one batch of calibration inputs, got none")
+    if not any(bool(real_positions(batch).any()) for batch in batches):
+        raise ValueError(
+            f"calibration inputs must have positions that are no padding; all of the {len(batches)} batches are padded "
+            "throughout: look at their attention_mask"
+        )
     sites = find_sites(model, batches[0], mean_length(batches))
     other = None if teacher is model else teacher
     values, errors = IMPORTANCE[importance](model, other, batches, Asked(sites, matches, seed))

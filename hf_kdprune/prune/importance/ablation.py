@@ -14,7 +14,7 @@ from ...layers import evaluating, hidden_states
 from ..sites import Site
 from ..trial import gates_at_zero
 from .asked import Asked
-from .feature_loss import Features
+from .feature_loss import Features, under_covariance
 from .probe import Batch, Table, spread
 
 
@@ -26,7 +26,7 @@ def ablation(
 
     The standard error is that over batches: the score is exact on these samples, which are a sample themselves.
     """
-    features = replace(Features.measured(model, teacher, batches, asked), teacher=model if teacher is None else teacher)
+    features = replace(under_covariance(model, teacher, batches, asked), teacher=model if teacher is None else teacher)
     values: Table = {s.name: torch.zeros(s.total, dtype=torch.float64) for s in asked.sites}
     errors = {name: value.clone() for name, value in values.items()}
     with evaluating(*(m for m in (model, teacher) if m is not None)):

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...layers import positions_of
 from .asked import Asked
-from .feature_loss import Features
+from .feature_loss import under_covariance
 from .probe import Batch, Table, Weighted, derivatives
 
 
@@ -22,7 +22,7 @@ def with_logits(
     model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Sequence[Batch], asked: Asked
 ) -> tuple[Table, Table]:
     """The second loss and the curvature of the outputs, each normalised to sum 1: one forward and two backward passes."""
-    features = Features.measured(model, teacher, batches, asked)
+    features = under_covariance(model, teacher, batches, asked)
     generator = torch.Generator().manual_seed(asked.seed + 1)
 
     def watch(output: object, batch: Batch) -> list[Weighted]:

@@ -20,9 +20,7 @@ class Accuracy(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features
-        )
+        return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.equal(predictions, references)))}
