@@ -7,7 +7,7 @@
 
 MiniLM-L6 classifiers are judged on all of the test set: accuracy or Matthews correlation, KL(teacher || student), plain feature
 loss. SmolLM2-135M is judged by its perplexity on WikiText-2 test, calibrated on web text. Each run is a line of
-docs/ranking.jsonl, and takes the place of an earlier one of the same name; the table is docs/ranking.md, the picture
+docs/ranking.jsonl, the last of the same name counts; the table is docs/ranking.md, the picture
 docs/ranking.png. Each method has its own compensation; random, magnitude and Taylor, which have none, are given our repair.
 """
 
@@ -122,13 +122,10 @@ def language_model(task: str, args: argparse.Namespace) -> tuple[PreTrainedModel
 
 
 def record(facts: dict) -> None:
-    """Write one run, in place of an earlier one of the same name."""
-    facts = {**facts, "environment": environment()}
-    name = ("task", "method", "seed", "budget")
-    old = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
-    kept = [run for run in old if any(run[key] != facts[key] for key in name)]
-    RUNS.write_text("".join(json.dumps(run) + "\n" for run in [*kept, facts]))
-    say(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items() if k != "environment"}))
+    """Append one run; of runs of the same name the last counts, so that processes may share the file."""
+    with RUNS.open("a") as file:
+        file.write(json.dumps({**facts, "environment": environment()}) + "\n")
+    say(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ Runs = list[dict]
 def write_tables(record: Path) -> None:
     """Write ranking.md and ranking.png beside the record."""
     runs = [json.loads(line) for line in record.read_text().splitlines()]
+    runs = list({tuple(run[key] for key in ("task", "method", "seed", "budget")): run for run in runs}.values())
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     command = "python scripts/benchmarks/ranking.py"
     lines = [f"Median over the seeds (lowest to highest) of each run in [{record.name}]({record.name}), by `{command}`.", ""]

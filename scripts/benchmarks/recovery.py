@@ -5,7 +5,7 @@
 
 1,000 steps of 32 samples, MiniLM-L6, about 4 minutes a run on one core. The metric is measured on all of the test set; which
 rate is best is read from the first loss on training data that were held out, so that no choice is made on the test set. Each
-run is a line of docs/recovery.jsonl, in place of an earlier one of the same name; the table is docs/recovery.md.
+run is a line of docs/recovery.jsonl, the last of the same name counts; the table is docs/recovery.md.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ def run(task: str, budget: str, rate: float, steps: int, seed: int) -> None:
     seconds = time.perf_counter() - start
     facts = dict(zip(NAME, (task, budget, rate, steps, seed), strict=True))
     facts |= {**judged, "recovered": judge(trainer, test), **trainer.recovery, "seconds": round(seconds)}
-    old = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
-    kept = [r for r in old if any(r[key] != facts[key] for key in NAME)]
-    RUNS.write_text("".join(json.dumps(r) + "\n" for r in [*kept, {**facts, "environment": environment()}]))
+    with RUNS.open("a") as file:
+        file.write(json.dumps({**facts, "environment": environment()}) + "\n")
     say(json.dumps(facts))
 
 
@@ -89,6 +88,7 @@ def judge(trainer: KDPruneTrainer, test: datasets.Dataset) -> dict[str, float]:
 def write_table() -> None:
     """Medians over seeds, a row for each task, budget and rate."""
     runs = [json.loads(line) for line in RUNS.read_text().splitlines()]
+    runs = list({tuple(run[key] for key in NAME): run for run in runs}.values())
     lines = [
         f"Median over seeds (lowest to highest) of each run in [{RUNS.name}]({RUNS.name}), by "
         "`python scripts/benchmarks/recovery.py`; MiniLM-L6, accuracy on the whole test set.",
