@@ -23,7 +23,7 @@ from .metrics import check_metric, judge_of, measured_on
 from .prune.budget import Budget
 from .prune.discovery import find_sites
 from .prune.repair import SiteRepair
-from .prune.schedule import check_budget, one_shot, realise, restate
+from .prune.schedule import check_budget, one_shot, realise, report_losses, restate
 from .prune.sites import Plan
 from .publish import hub
 from .publish.checkpoint import check_writable, last_checkpoint, load_line, save_pretrained
@@ -138,6 +138,7 @@ class KDPruneTrainer(Trainer):
             raise RuntimeError("the ranks made different plans: give them the same data, device and seed")
         original = frozen_copy(self.model)
         self.repairs = realise(self.model, original, data, plan, self.args.pruning())
+        report_losses(self.repairs, original, self.teacher, data, plan, self.matches)
         self.teacher, self.plan = self.teacher or original, plan
         return plan
 

@@ -40,6 +40,9 @@ class SiteRepair:
         after: The same with the refitted weights.
         accepted: Whether they were taken.
         reason: Why not, or that the ridge had to grow.
+        predicted: What the removed units' scores said that the second loss would rise, if only this site were cut; None
+            where the score is no loss, or nothing was removed.
+        realised: What it rose, before the refit, see `importance.realised`.
     """
 
     site: str
@@ -47,6 +50,8 @@ class SiteRepair:
     after: float
     accepted: bool
     reason: str = ""
+    predicted: float | None = None
+    realised: float | None = None
 
 
 @torch.no_grad()

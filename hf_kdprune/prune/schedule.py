@@ -14,6 +14,7 @@ from .allocation import Scores, check_reach
 from .budget import UNITS, Budget
 from .discovery import find_sites
 from .importance import mean_length, score_units
+from .importance.realised import site_losses
 from .judge import Judge
 from .latency import share_of_latency, time_sites
 from .repair import SiteRepair, repair
@@ -199,3 +200,26 @@ def realise(
     """
     apply_plan(model, plan, batches[0])
     return repair(model, original, batches) if pruning.repair else []
+
+
+def report_losses(
+    repairs: Sequence[SiteRepair],
+    original: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Sequence[dict[str, Tensor]],
+    plan: Plan,
+    matches: list[LayerMatch],
+) -> None:
+    """Write into the records what each site was predicted to cost, and what it costs.
+
+    Args:
+        repairs: The records of `realise`; those of one part of several are left.
+        original: The student before surgery.
+        teacher: Another teacher; None: the student.
+        batches: Those that ranked the units.
+        plan: What was cut.
+        matches: Which student layer learns from which teacher layer.
+    """
+    losses = site_losses(original, teacher, batches, plan, matches)
+    for record in repairs:
+        record.predicted, record.realised = losses.get(record.site, (None, None))

@@ -11,6 +11,7 @@ from hf_kdprune.layers import hidden_states, match_layers
 from hf_kdprune.prune.importance import Asked
 from hf_kdprune.prune.importance.feature_loss import under_covariance
 from hf_kdprune.prune.importance.probe import derivatives
+from hf_kdprune.prune.importance.realised import site_losses
 
 
 def table(scores, kind=None):
@@ -317,3 +318,21 @@ def test_scores_rank_the_heads_as_ablation_does(minilm_shared, banking, keep, fe
     assert rank_correlation(estimate, exact) >= 0.95
     # A whole head is no small step, and the curvature is that of a small one: near, not equal.
     assert float(estimate.sum() / exact.sum()) == pytest.approx(1, abs=0.25)
+
+
+def test_each_site_costs_about_what_was_predicted(minilm_shared, banking):
+    batches = banking(8, 16)
+    scores = score_units(minilm_shared, None, batches)
+    plan = scores.plan("macs=0.8")
+    found = site_losses(minilm_shared, None, batches, plan)
+    assert set(found) == {site.name for site in plan.sites if site.removed}
+    predicted, realised = (sum(pair[i] for pair in found.values()) for i in (0, 1))
+    assert 0.5 < realised / predicted < 2
+    for name, (mine, _) in found.items():
+        assert mine == pytest.approx(float(scores.values[name][plan[name].removed].sum()), rel=1e-4)  # a plan rounds
+
+
+def test_what_is_no_loss_predicts_none(tiny, ragged):
+    model, batches = tiny(), ragged(2, 4)
+    assert site_losses(model, None, batches, score_units(model, None, batches, "magnitude").plan("macs=0.5")) == {}
+    assert site_losses(model, None, batches, score_units(model, None, batches).plan("macs=1")) == {}
