@@ -21,7 +21,14 @@ def card_table(file: Path) -> str:
     return "\n".join(["| | teacher | compact | |", "|---|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-SOURCES = {"table": card_table, "ablation": lambda file: file.read_text().strip()}
+def divergences(file: Path) -> str:
+    """Of the tables of the ranking comparison: KL to the teacher, and perplexity."""
+    head, *sections = file.read_text().split("\n**")
+    shown = ["**" + section.strip() for section in sections if re.match(r".*(KL to|perplexity)", section.splitlines()[0])]
+    return "\n\n".join([head.strip(), *shown])
+
+
+SOURCES = {"table": card_table, "ablation": lambda file: file.read_text().strip(), "ranking": divergences}
 
 
 def filled(text: str) -> str:

@@ -36,11 +36,6 @@ class Stop:
     wrote: list[Tensor]
     stream: Tensor
 
-    @property
-    def others(self) -> Tensor:
-        """What the stream has without what these projections wrote."""
-        return self.stream - sum(self.wrote).view(self.stream.shape)
-
     def rewrite(self, wrote: list[Tensor]) -> None:
         """Go on as if the projections had written this: the stream changes in place, for all who hold it."""
         self.stream += sum(new - old for new, old in zip(wrote, self.wrote, strict=True)).view(self.stream.shape)

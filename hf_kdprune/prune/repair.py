@@ -134,7 +134,7 @@ def refits(
                 continue
             waiting.difference_update(at)
             linears = [plain(model.get_submodule(part.consumer)) for part in at]
-            yield at, refit(look(stops, linears[0].bias is not None), linears)
+            yield at, refit(look(stops, linears), linears)
             for stop, *_ in stops:
                 stop.rewrite([model.get_submodule(p.consumer).forward(x) for p, x in zip(at, stop.reads, strict=True)])
 
@@ -154,7 +154,7 @@ def advance(
             yield stop, taught.stream.clone(), positions_of(batch, stop.stream).flatten()
 
 
-def look(stops: Sequence[tuple[Stop, Tensor, Tensor]], bias: bool) -> Seen:
+def look(stops: Sequence[tuple[Stop, Tensor, Tensor]], linears: Sequence[nn.Module]) -> Seen:
     """What the batches show: inputs, and what the projections should write so that the stream is the teacher's.
 
     Each position is taken over the root mean square of the stream, as the next norm takes it: else the first token of a
@@ -163,8 +163,11 @@ def look(stops: Sequence[tuple[Stop, Tensor, Tensor]], bias: bool) -> Seen:
     seen = Seen()
     for i, (stop, taught, mask) in enumerate(stops):
         reads = torch.cat([rows(read, mask) for read in stop.reads], 1)
-        ones = reads.new_full((len(reads), 1), float(bias))  # where there is no bias, none is invented
-        taught, others = rows(taught, mask), rows(stop.others, mask)
+        bias = linears[0].bias is not None  # where there is none, none is invented
+        ones = reads.new_full((len(reads), 1), float(bias))
+        # What adapters add to the projections stays, so it counts among the others.
+        wrote = sum(linear.forward(read) for linear, read in zip(linears, stop.reads, strict=True))
+        taught, others = rows(taught, mask), rows(stop.stream - wrote.view(stop.stream.shape), mask)
         judges = i % HELD_OUT == HELD_OUT - 1 or (len(stops) < HELD_OUT and i == len(stops) - 1)
         size = root_mean_square(taught)
         seen.add(torch.cat([reads, ones], 1) / size, (taught - others) / size, taught / size if judges else None)

@@ -238,3 +238,19 @@ def test_too_few_tokens_are_said(tiny, ragged, caplog):
     caplog.clear()
     repair(smaller, model, ragged(16, 16))
     assert "tokens for projections" not in caplog.text
+
+
+@torch.no_grad()
+def test_what_adapters_add_is_not_fitted_twice(tiny, ragged, lora):
+    model = lora(tiny(num_hidden_layers=1))
+    smaller, batches, fresh = pruned(model), ragged(24, 16), ragged(4, 16, seed=9)
+    adapters = {name: p.clone() for name, p in smaller.named_parameters() if "lora_" in name}
+
+    def apart():
+        pairs = [(hidden_states(smaller, b)[-1], hidden_states(model, b)[-1]) for b in fresh]
+        return sum(float((a - b).square().mean()) for a, b in pairs)
+
+    before = apart()
+    records = repair(smaller, model, batches)
+    assert all(r.accepted for r in records) and apart() < 0.7 * before
+    assert all(torch.equal(p, adapters[name]) for name, p in smaller.named_parameters() if "lora_" in name)
