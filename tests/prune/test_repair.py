@@ -240,17 +240,11 @@ def test_too_few_tokens_are_said(tiny, ragged, caplog):
     assert "tokens for projections" not in caplog.text
 
 
-@torch.no_grad()
-def test_what_adapters_add_is_not_fitted_twice(tiny, ragged, lora):
-    model = lora(tiny(num_hidden_layers=1))
-    smaller, batches, fresh = pruned(model), ragged(24, 16), ragged(4, 16, seed=9)
-    adapters = {name: p.clone() for name, p in smaller.named_parameters() if "lora_" in name}
-
-    def apart():
-        pairs = [(hidden_states(smaller, b)[-1], hidden_states(model, b)[-1]) for b in fresh]
-        return sum(float((a - b).square().mean()) for a, b in pairs)
-
-    before = apart()
-    records = repair(smaller, model, batches)
-    assert all(r.accepted for r in records) and apart() < 0.7 * before
-    assert all(torch.equal(p, adapters[name]) for name, p in smaller.named_parameters() if "lora_" in name)
+def test_what_adapters_add_is_not_fitted_twice(tiny, ragged, keep, lora):
+    model = lora(tiny())
+    same, batches = copy.deepcopy(model), ragged(8, 8)
+    apply_plan(same, keep(find_sites(same), {}))
+    records = repair(same, model, batches)
+    assert all(abs(r.before) < 1e-6 for r in records)
+    for (name, a), b in zip(model.state_dict().items(), same.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
