@@ -121,9 +121,9 @@ def language_model(task: str, args: argparse.Namespace) -> tuple[PreTrainedModel
     return model.eval(), Perplexity(tokenizer, args.limit or 24), lambda seed: web_text(tokenizer, args.samples // 16, seed)
 
 
-def record(facts: dict) -> None:
+def record(facts: dict, runs: Path = RUNS) -> None:
     """Append one run; of runs of the same name the last counts, so that processes may share the file."""
-    with RUNS.open("a") as file:
+    with runs.open("a") as file:
         file.write(json.dumps({**facts, "environment": environment()}) + "\n")
     say(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}))
 

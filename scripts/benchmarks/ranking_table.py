@@ -26,7 +26,7 @@ def write_tables(record: Path) -> None:
     runs = [json.loads(line) for line in record.read_text().splitlines()]
     runs = list({tuple(run[key] for key in ("task", "method", "seed", "budget")): run for run in runs}.values())
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    command = "python scripts/benchmarks/ranking.py"
+    command = f"python scripts/benchmarks/{record.stem}.py"
     lines = [f"Median over the seeds (lowest to highest) of each run in [{record.name}]({record.name}), by `{command}`.", ""]
     for task in tasks:
         lines += table(task, [run for run in runs if run["task"] == task])
