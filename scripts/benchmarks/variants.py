@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from hf_kdprune import apply_plan, find_sites, repair
 from hf_kdprune.layers import enough, match_layers
 from hf_kdprune.prune.allocation import Scores
-from hf_kdprune.prune.importance import Asked, mean_length
+from hf_kdprune.prune.importance import mean_length
 from hf_kdprune.prune.importance.feature_loss import Features, count, covariances
 from hf_kdprune.prune.importance.probe import derivatives
 
