@@ -30,6 +30,9 @@ class KDPruneConfig(TrainingArguments):
     layer_map: list | str | None = field(  # in this order HfArgumentParser takes it for a text
         default="auto", metadata={"help": "auto, last, uniform, or [[student, teacher], ...]; 0 is the embeddings."}
     )
+    learning_rate: float = field(  # the best of a sweep: docs/recovery.md
+        default=1e-4, metadata={"help": "The initial learning rate of recovery."}
+    )
     budget: str = field(default="macs=0.5", metadata={"help": "macs=, params=, latency=, heads=..,ffn=.., loss="})
     importance: str = field(default="feature_loss", metadata={"help": "The score that ranks units."})
     repair: bool = field(default=True, metadata={"help": "Refit output projections in closed form after surgery."})
