@@ -280,15 +280,15 @@ def test_ranking_takes_one_pass_over_the_data(tiny, ragged, importance):
 
 
 @torch.no_grad()
-def test_magnitude_is_the_mean_square_of_what_a_unit_owns(tiny, ragged):
+def test_magnitude_is_the_sum_of_squares_of_what_a_unit_owns(tiny, ragged):
     model = tiny()
     scores = score_units(model, None, ragged(1, 4), "magnitude")
     block = model.bert.encoder.layer[0]
     head = [getattr(block.attention.self, n).weight[8:16].flatten() for n in ("query", "key", "value")]
     head = torch.cat([*head, block.attention.output.dense.weight[:, 8:16].flatten()])
-    assert float(scores.values["bert.encoder.layer.0.attention"][1]) == pytest.approx(float(head.square().mean()))
+    assert float(scores.values["bert.encoder.layer.0.attention"][1]) == pytest.approx(float(head.square().sum()))
     neuron = torch.cat([block.intermediate.dense.weight[5], block.output.dense.weight[:, 5]])
-    assert float(scores.values["bert.encoder.layer.0.ffn"][5]) == pytest.approx(float(neuron.square().mean()))
+    assert float(scores.values["bert.encoder.layer.0.ffn"][5]) == pytest.approx(float(neuron.square().sum()))
 
 
 # ---------------------------------------------------------------------------------------------- the real MiniLM

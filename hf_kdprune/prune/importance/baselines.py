@@ -9,23 +9,24 @@ from transformers import PreTrainedModel
 
 from ...layers import inputs_of, positions_of
 from ..allocation import Scores
-from ..describe import per_unit
 from ..sites import Sites
 from .asked import Asked
 from .probe import Batch, Sums, Table, gate_inputs, still
 
 
 def magnitude(model: PreTrainedModel, teacher: PreTrainedModel | None, batches: object, asked: Asked) -> tuple[Table, Table]:
-    """Mean squared weight of all that a unit owns: its rows of the producers and its columns of the consumer."""
+    """Sum of the squared weights that a unit owns, its rows of the producers and its columns of the consumer.
+
+    The sum, since a plan divides scores by costs, and a head of many weights costs as much more than a neuron of few.
+    """
     values = {}
     for site in asked.sites:
-        squares, numbers = torch.zeros(site.total, dtype=torch.float64), 0
+        squares = torch.zeros(site.total, dtype=torch.float64)
         for cut in (c for c in site.cuts if "bias" not in c.name):
-            numbers += per_unit(model, cut)
             weight = getattr(model.get_submodule(cut.path), cut.tensor).detach()
             entries = weight.double().square().movedim(cut.dim, 0).flatten(1).sum(1).cpu()
             squares += entries[torch.tensor([cut.indices([u]) for u in range(site.total)])].sum(1)
-        values[site.name] = squares / numbers
+        values[site.name] = squares
     return values, {name: torch.zeros_like(v) for name, v in values.items()}
 
 
