@@ -240,6 +240,18 @@ def test_when_the_check_fails_nothing_has_happened(tiny, ragged, keep, empty):
     apply_plan(model, plan, batch)  # and it can be done for good
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_model_that_amplifies_the_last_bit_is_told_from_one_that_is_wrong(tiny, ragged, wrong):
+    model, batch = tiny(), ragged(1, 5)[0]
+    model.classifier.register_forward_hook(lambda module, args, out: torch.sin(3e4 * out))
+    if wrong:
+        broken(model)
+        with pytest.raises(RuntimeError, match="surgery must be exact"):
+            apply_plan(model, half(find_sites(model)), batch)
+    else:
+        apply_plan(model, half(find_sites(model)), batch)
+
+
 def test_outputs_that_are_no_numbers_do_not_pass(tiny, ragged):
     model = tiny()
     plan = half(find_sites(model))
