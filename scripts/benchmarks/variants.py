@@ -85,10 +85,10 @@ def scored(model: PreTrainedModel, batches: list[dict[str, Tensor]], name: str, 
 
 
 def root(sigma: Tensor, power: float) -> Tensor:
-    """Sigma^power, scaled so that features that vary as they do have an error of 1."""
+    """Sigma^power / tr(Sigma)^(power + 1/2): the covariance metric at 1/2, the plain one at 0, of no scale in between."""
     values, vectors = torch.linalg.eigh(sigma.double())
     values = values.clamp(min=0)
-    scaled = values**power / (values ** (2 * power + 1)).sum().sqrt()
+    scaled = values**power / values.sum() ** (power + 0.5)
     return ((vectors * scaled) @ vectors.T).float()
 
 
