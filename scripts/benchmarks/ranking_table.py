@@ -27,7 +27,8 @@ def write_tables(record: Path) -> None:
     runs = list({tuple(run[key] for key in ("task", "method", "seed", "budget")): run for run in runs}.values())
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     command = f"python scripts/benchmarks/{record.stem}.py"
-    lines = [f"Median over the seeds (lowest to highest) of each run in [{record.name}]({record.name}), by `{command}`.", ""]
+    spread = "lowest to highest; one seed where no range stands"
+    lines = [f"Median over the seeds ({spread}) of each run in [{record.name}]({record.name}), by `{command}`.", ""]
     for task in tasks:
         lines += table(task, [run for run in runs if run["task"] == task])
     record.with_suffix(".md").write_text("\n".join(lines))
