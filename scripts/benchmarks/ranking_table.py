@@ -82,6 +82,7 @@ def draw(runs: Runs, path: Path) -> None:
         return
     figure = Figure(figsize=(5.2 * len(tasks), 4.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    colours = {m: f"C{i}" for i, m in enumerate(dict.fromkeys(run["method"] for run in runs if run["method"] != "teacher"))}
     for axes, task in zip(panels, tasks, strict=True):
         mine = [run for run in runs if run["task"] == task and run["method"] != "teacher"]
         for method in dict.fromkeys(run["method"] for run in mine):
@@ -89,9 +90,11 @@ def draw(runs: Runs, path: Path) -> None:
             found = [values(mine, method, b, "kl") for b in budgets]
             shares = [float(b.split("=")[1]) for b in budgets]
             ours = method.startswith("ours")
-            line = axes.plot(shares, [statistics.median(v) for v in found], "o-", lw=2.4 if ours else 1.2, ms=4, label=method)
-            axes.fill_between(shares, [min(v) for v in found], [max(v) for v in found], color=line[0].get_color(), alpha=0.12)
+            look = {"lw": 2.4 if ours else 1.2, "ms": 4, "label": method, "color": colours[method]}
+            axes.plot(shares, [statistics.median(v) for v in found], "o-", **look)
+            axes.fill_between(shares, [min(v) for v in found], [max(v) for v in found], color=colours[method], alpha=0.12)
         axes.set(title=task, xlabel="MACs that remain (share)", ylabel="KL to the teacher, no training", yscale="log")
         axes.grid(color="#D0D0D0", linewidth=0.6)
-    panels[-1].legend(frameon=False, fontsize=8)
+    lines = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(lines.values(), lines, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
