@@ -25,7 +25,8 @@ def divergences(file: Path) -> str:
     """Of the tables of the ranking comparison: KL to the teacher, and perplexity."""
     head, *sections = file.read_text().split("\n**")
     shown = ["**" + section.strip() for section in sections if re.match(r".*(KL to|perplexity)", section.splitlines()[0])]
-    return "\n\n".join([head.strip(), *shown])
+    links = re.compile(r"\]\((?=\w+\.)")  # as seen from the README
+    return links.sub(f"]({file.parent.name}/", "\n\n".join([head.strip(), *shown]))
 
 
 SOURCES = {"table": card_table, "ablation": lambda file: file.read_text().strip(), "ranking": divergences}

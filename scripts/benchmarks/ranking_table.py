@@ -60,9 +60,11 @@ def values(runs: Runs, method: str, budget: str, metric: str) -> list[float]:
     return [run[metric] for run in runs if run["method"] == method and run["budget"] == budget]
 
 
-def best_of(column: list[list[float]], metric: str) -> float:
-    """The best median of a column."""
+def best_of(column: list[list[float]], metric: str) -> float | None:
+    """The best median of a column; None where there is nothing to compare."""
     medians = [statistics.median(v) for v in column if v]
+    if len(medians) < 2:
+        return None
     return min(medians) if metric in BEST_IS_LOW else max(medians)
 
 
