@@ -147,10 +147,14 @@ def layer_pairs(layer_map: str | list, students: int, teachers: int) -> list[tup
     return [(int(student), int(teacher)) for student, teacher in layer_map]
 
 
+def count_real(batches: Sequence[Batch]) -> int:
+    """Positions of a set of batches that are no padding."""
+    return sum(int(real_positions(batch).sum()) for batch in batches)
+
+
 def enough(batches: Sequence[Batch], width: int) -> Sequence[Batch]:
     """Every so many of the batches, so that they hold about TOKENS_PER_COLUMN real tokens for each of `width`."""
-    tokens = sum(int(real_positions(batch).sum()) for batch in batches)
-    return batches[:: max(1, min(len(batches), tokens // (TOKENS_PER_COLUMN * width)))]
+    return batches[:: max(1, min(len(batches), count_real(batches) // (TOKENS_PER_COLUMN * width)))]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import hashlib
 from torch import nn
 
 from .experts import READ
+from .refit import plain
 from .sites import Plan, Sites
 
 SAMPLE = 4096  # numbers of each output projection
@@ -20,8 +21,7 @@ def fingerprint(model: nn.Module, sites: Sites) -> str:
     """
     digest = hashlib.sha256()
     for path in dict.fromkeys(c for site in sites for c in site.consumers if not c.endswith(f".{READ}")):
-        module = model.get_submodule(path)
-        weight = getattr(module, "base_layer", module).weight.detach().flatten()  # base_layer: adapters of PEFT wrap it
+        weight = plain(model.get_submodule(path)).weight.detach().flatten()
         sample = weight[:: max(1, -(-weight.numel() // SAMPLE))]
         digest.update(sample.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -79,21 +79,15 @@ class Pass:
 def passes(model: nn.Module, batches: Sequence[Batch], parts: Sequence[Part]) -> Iterator[list[Pass]]:
     """One pass a batch, at its start; the model is as it was afterwards, wherever the passes stand."""
 
-    def at_consumer(module: nn.Module, args: tuple, output: Tensor, part: Part) -> None:
-        getcurrent().halted.wrote(part, args[0], output)
-
-    def at_norm(module: nn.Module, args: tuple, after: str) -> None:
-        getcurrent().halted.summed(after, args[0])
-
     with ExitStack() as stack:
         for part in parts:
             hook = model.get_submodule(part.consumer).register_forward_hook(
-                lambda module, args, output, part=part: at_consumer(module, args, output, part)
+                lambda module, args, output, part=part: getcurrent().halted.wrote(part, args[0], output)
             )
             stack.callback(hook.remove)
         for after in {part.after for part in parts if part.after is not None}:
             hook = model.get_submodule(after).register_forward_pre_hook(
-                lambda module, args, after=after: at_norm(module, args, after)
+                lambda module, args, after=after: getcurrent().halted.summed(after, args[0])
             )
             stack.callback(hook.remove)
         running = [Pass(model, batch) for batch in batches]

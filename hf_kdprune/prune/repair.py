@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..layers import TOKENS_PER_COLUMN, evaluating, positions_of, real_positions, root_mean_square
+from ..layers import TOKENS_PER_COLUMN, count_real, evaluating, positions_of, root_mean_square
 from .discovery import find_sites
 from .experts import READ
 from .lockstep import Pass, Stop, passes
@@ -110,7 +110,7 @@ def warn_of_few(model: nn.Module, sites: Sites, batches: Sequence[Batch]) -> Non
     """Say so where there are too few tokens for the widest projection: the refit then leans on the present weights."""
     consumers = [c for site in sites for c in site.consumers if not c.endswith(READ)]
     width = max((len(weight_of(plain(model.get_submodule(c)))) for c in consumers), default=0)
-    tokens, needed = sum(int(real_positions(batch).sum()) for batch in batches), TOKENS_PER_COLUMN * width
+    tokens, needed = count_real(batches), TOKENS_PER_COLUMN * width
     if tokens < needed:
         logger.warning(
             f"repair has {tokens:,} tokens for projections of up to {width:,} inputs, and wants {needed:,} "
@@ -151,7 +151,7 @@ def advance(
                 f"{taught and taught.parts}: set repair=False"
             )
         if stop is not None:
-            yield stop, taught.stream.clone(), positions_of(batch, stop.stream).flatten()
+            yield stop, taught.stream, positions_of(batch, stop.stream).flatten()
 
 
 def look(stops: Sequence[tuple[Stop, Tensor, Tensor]], linears: Sequence[nn.Module]) -> Seen:

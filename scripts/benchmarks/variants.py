@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kdprune import apply_plan, find_sites, repair
-from hf_kdprune.layers import enough, match_layers
+from hf_kdprune.layers import count_real, enough, match_layers
 from hf_kdprune.prune.allocation import Scores
 from hf_kdprune.prune.importance import mean_length
-from hf_kdprune.prune.importance.feature_loss import Features, count, covariances
+from hf_kdprune.prune.importance.feature_loss import Features, covariances
 from hf_kdprune.prune.importance.probe import derivatives
 
 RUNS = Path("docs") / "variants.jsonl"
@@ -78,7 +78,7 @@ def scored(model: PreTrainedModel, batches: list[dict[str, Tensor]], name: str, 
     weights = [1 / len(matches)] * len(matches) if last is None else [(1 - last) / others] * others + [last]
     some = enough(batches, len(matches[0].covariance))
     sigmas = covariances(model, some, matches) if by_position else [m.covariance for m in matches]
-    roots = [(w / count(batches)) ** 0.5 * root(sigma, power) for w, sigma in zip(weights, sigmas, strict=True)]
+    roots = [(w / count_real(batches)) ** 0.5 * root(sigma, power) for w, sigma in zip(weights, sigmas, strict=True)]
     features = Features(matches, roots, by_position, None, torch.Generator().manual_seed(seed))
     values, errors = features.scores(derivatives(model, batches, sites, features.watch, features=True))
     return Scores(sites, values, errors, name)

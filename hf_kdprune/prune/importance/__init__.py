@@ -52,7 +52,7 @@ def score_units(
     Args:
         model: The student; it is read, not changed.
         teacher: The teacher; None: the student itself.
-        batches: Calibration inputs, dictionaries of tensors (batch, seq); labels in them are not looked at.
+        batches: Calibration inputs, dictionaries of tensors (batch, seq); only "taylor" and "fisher" look at labels in them.
         importance: A name of `IMPORTANCE`.
         matches: Which student layer learns from which teacher layer; None: by depth.
         seed: Of the random probe.

@@ -19,11 +19,11 @@ from ...layers import (
     LayerMatch,
     at_real,
     check_finite,
+    count_real,
     enough,
     evaluating,
     match_layers,
     positions_of,
-    real_positions,
     root_mean_square,
     states_of,
     target_features,
@@ -126,14 +126,14 @@ def under_covariance(
     some = enough(batches, max(len(m.covariance) for m in matches))
     with evaluating(source):
         roots = [root_of(sigma) for sigma in covariances(source, some, matches)]
-    scaled = [(w / count(batches)) ** 0.5 * r.to(model.device) for w, r in zip(weights, roots, strict=True)]
+    scaled = [(w / count_real(batches)) ** 0.5 * r.to(model.device) for w, r in zip(weights, roots, strict=True)]
     return Features(matches, scaled, True, teacher, torch.Generator().manual_seed(asked.seed))
 
 
 def under_variance(model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Sequence[Batch], asked: Asked) -> Features:
     """The second loss under the variance of the teacher's features, see `plain`."""
     matches = with_units(model, teacher, batches, asked)
-    sizes = [len(matches) * count(batches) * len(m.covariance) * m.variance for m in matches]
+    sizes = [len(matches) * count_real(batches) * len(m.covariance) * m.variance for m in matches]
     roots = [torch.eye(len(m.covariance), device=model.device) / n**0.5 for m, n in zip(matches, sizes, strict=True)]
     return Features(matches, roots, False, teacher, torch.Generator().manual_seed(asked.seed))
 
@@ -145,11 +145,6 @@ def with_units(
     return [m for m in asked.matches or match_layers(model, teacher, batches) if m.student > 0]
 
 
-def count(batches: Sequence[Batch]) -> int:
-    """Real positions of the whole set."""
-    return sum(int(real_positions(batch).sum()) for batch in batches)
-
-
 @torch.no_grad()
 def covariances(model: PreTrainedModel, batches: Sequence[Batch], matches: Sequence[LayerMatch]) -> list[Tensor]:
     """Of the features of each mapped layer, each position over its root mean square: (hidden, hidden) in float64."""
@@ -159,7 +154,7 @@ def covariances(model: PreTrainedModel, batches: Sequence[Batch], matches: Seque
         for match, features in zip(matches, taught, strict=True):
             check_finite(features, match.teacher)
         sums = [(xx + (t.T @ t).double(), x + t.sum(0).double()) for (xx, x), t in zip(sums, taught, strict=True)]
-    total = count(batches)
+    total = count_real(batches)
     return [(xx / total - torch.outer(x / total, x / total)).cpu() for xx, x in sums]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...layers import inputs_of
+from ...layers import evaluating, inputs_of
 from ..experts import readable_experts
 from ..sites import Site, Sites
 
@@ -98,17 +98,15 @@ def noise(like: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
 @contextmanager
 def still(*models: nn.Module) -> Iterator[None]:
     """Eval mode (no dropout, no gradient checkpointing) with frozen weights; all as it was afterwards."""
-    modes = [(m, m.training) for m in models]
     trained = [p for m in models for p in m.parameters() if p.requires_grad]
-    for m in models:
-        m.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for m, mode in modes:
-            m.train(mode)
+    with evaluating(*models):
+        for m in models:
+            m.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from ...layers import LayerMatch, evaluating
+from ...layers import LayerMatch, count_real, evaluating
 from ..discovery import find_sites
 from ..sites import Plan
 from ..trial import gates_at_zero
 from .ablation import loss
 from .asked import Asked
-from .feature_loss import Features, count, under_covariance, under_variance
+from .feature_loss import Features, under_covariance, under_variance
 from .probe import Batch
 
 MEASURED: dict[str, Callable[..., Features]] = {"feature_loss": under_covariance, "feature_loss:plain": under_variance}
@@ -49,7 +49,7 @@ def site_losses(
     some = list(batches[:: min(len(batches), len(cut))])
     features = MEASURED[plan.importance](model, teacher, batches, Asked(sites, matches))
     features = replace(features, teacher=model if teacher is None else teacher)
-    scale, found = count(batches) / max(count(some), 1), {}
+    scale, found = count_real(batches) / max(count_real(some), 1), {}
     with evaluating(*(m for m in (model, teacher) if m is not None)):
         taught = [features.taught(batch) for batch in some]
         whole = loss(model, some, features, taught).sum()
