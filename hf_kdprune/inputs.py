@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .layers import FRAMES
+
 Batch = dict[str, Tensor]
 AUDIO_RATIO = 320  # samples of a frame, where the config does not say: 20 ms at 16 kHz
 
@@ -100,6 +102,25 @@ def float_size(config: PreTrainedConfig, name: str, seq_len: int) -> tuple[int, 
     if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
         return config.num_mel_bins, 2 * config.max_source_positions  # of a convolution of stride 2
     return None
+
+
+def completed(model: PreTrainedModel, batch: Batch) -> Batch:
+    """The batch with what follows from it for `model`: the decoder's tokens from the labels, which frames of audio are real."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if (
+        base.config.is_encoder_decoder
+        and shift
+        and labels is not None
+        and labels.dim() == 2
+        and "decoder_input_ids" not in batch
+    ):
+        batch = {**batch, "decoder_input_ids": shift(labels=labels)}
+    if "input_values" in batch and mask is not None and hasattr(base, "_get_feature_vector_attention_mask"):
+        frames = int(base._get_feat_extract_output_lengths(torch.tensor(batch["input_values"].shape[1])))
+        batch = {**batch, FRAMES: base._get_feature_vector_attention_mask(frames, mask)}
+    return batch
 
 
 def at_length(batch: Batch, seq_len: int) -> Batch:

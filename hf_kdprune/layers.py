@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 Batch = dict[str, Tensor]
 TOKENS_PER_COLUMN = 5  # that make a covariance or a least-squares fit (METHOD.md 3)
-LABELS = ("labels", "label", "label_ids")
+LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+FRAMES = "kdprune_frames"  # in a batch of raw audio: (batch, frames), True where a frame is no padding
+IGNORED = -100  # the label of a position that does not count
 RULE = 'layer_map must be "auto", "last", "uniform" or a list of [student, teacher] pairs; 0 is the embeddings'
 
 
@@ -44,7 +46,7 @@ class LayerMatch:
 
 def inputs_of(batch: Batch) -> Batch:
     """The batch less its labels."""
-    return {k: v for k, v in batch.items() if k not in LABELS}
+    return {k: v for k, v in batch.items() if k not in (*LABELS, FRAMES)}
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
@@ -54,14 +56,20 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
 
 def states_of(output: object) -> tuple[Tensor, ...]:
     """The hidden states in a model's output; of an encoder and a decoder, or of two towers, one after the other."""
-    if getattr(output, "hidden_states", None) is not None:
-        return tuple(output.hidden_states)
-    stacks = [getattr(output, f"{stack}_hidden_states", None) for stack in ("encoder", "decoder")]
-    towers = [getattr(output, f"{tower}_model_output", None) for tower in ("text", "vision")]
-    found = [s for s in (*stacks, *(getattr(t, "hidden_states", None) for t in towers)) if s is not None]
+    found = stacks_of(output)
     if not found:
         raise ValueError(f"features are hidden states, and {type(output).__name__} has none: rank by 'magnitude' instead")
-    return tuple(state for stack in found for state in stack)
+    return tuple(state for states in found.values() for state in states)
+
+
+def stacks_of(output: object) -> dict[str, tuple[Tensor, ...]]:
+    """The hidden states in a model's output by stack: "main", or "encoder" and "decoder", or "text" and "vision"."""
+    if getattr(output, "hidden_states", None) is not None:
+        return {"main": tuple(output.hidden_states)}
+    found = {stack: getattr(output, f"{stack}_hidden_states", None) for stack in ("encoder", "decoder")}
+    towers = {tower: getattr(output, f"{tower}_model_output", None) for tower in ("text", "vision")}
+    found |= {tower: getattr(inside, "hidden_states", None) for tower, inside in towers.items()}
+    return {stack: tuple(states) for stack, states in found.items() if states is not None}
 
 
 @contextmanager
@@ -91,26 +99,53 @@ def real_positions(batch: Batch) -> Tensor:
     return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
 
 
-def positions_of(batch: Batch, features: Tensor) -> Tensor:
+def positions_of(batch: Batch, features: Tensor, stack: str = "") -> Tensor:
     """True where `features` (batch, seq, hidden), or with batch and seq joined, stand at no padding: (batch, seq).
 
-    They stand at the tokens of the batch, at those of its decoder, or, as in images, at nothing that is ever padded.
+    They stand at the tokens of the batch, at those of its decoder, at frames of audio, or, as in images, at nothing that is
+    ever padded.
+
+    Args:
+        batch: The inputs.
+        features: Whose positions are asked for.
+        stack: Of `stacks_of`, where it is known; "": found by the number of positions.
 
     Raises:
         ValueError: There is padding, at positions that are not those of the features (raw audio).
     """
-    count = features.shape[:-1].numel()
-    masks = [v for k, v in batch.items() if k in ("attention_mask", "decoder_attention_mask") and v.dim() == 2]
-    for mask in masks:
-        if mask.numel() == count:
-            return mask.bool()
+    name, masks = masked_by(batch, features, stack), masks_of(batch)
+    if name:
+        return masks[name].view(features.shape[:-1]) if features.dim() == 3 else masks[name]
     text = "input_ids" in batch  # beside which there may be images, and encoder states of another length
-    if not text and any(not bool(mask.all()) for mask in masks):
+    if not text and any(not bool(mask.all()) for mask in masks.values()):
         raise ValueError(
             f"features of {features.shape[1]} positions must be those of the inputs; attention_mask has "
-            f"{masks[0].shape[1]}, and it is not known which are padding: give inputs of equal length, without padding"
+            f"{next(iter(masks.values())).shape[1]}, and it is not known which are padding: give inputs of equal length, "
+            "without padding"
         )
     return torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device)
+
+
+def masked_by(batch: Batch, features: Tensor, stack: str = "") -> str:
+    """The name in `masks_of` of what says where `features` are padded; "" where nothing does. Arguments as above."""
+    for name, mask in masks_of(batch).items() if stack != "vision" else ():
+        if (not stack or (name == "decoder") == (stack == "decoder")) and mask.numel() == features.shape[:-1].numel():
+            return name
+    return ""
+
+
+def masks_of(batch: Batch) -> dict[str, Tensor]:
+    """What the batch says of padding: True at real tokens, at real frames of audio, and at real tokens of the decoder.
+
+    A decoder whose mask is not given reads the labels shifted by one, so that its padding is where they are -100, or, where
+    it is given no tokens either, what the encoder reads.
+    """
+    named = {"main": batch.get("attention_mask"), "frames": batch.get(FRAMES), "decoder": batch.get("decoder_attention_mask")}
+    if named["decoder"] is None and "decoder_input_ids" not in batch:
+        named["decoder"] = named["main"]
+    elif named["decoder"] is None and batch.get("labels") is not None:
+        named["decoder"] = batch["labels"] != IGNORED
+    return {name: mask.bool() for name, mask in named.items() if mask is not None and mask.dim() >= 2}
 
 
 def at_real(features: Tensor, batch: Batch) -> Tensor:
