@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layers import LayerMatch, project_features
 from .features import FEATURE_LOSSES
-from .logits import LOGITS_LOSSES
+from .logits import LOGITS_LOSSES, divergence
 
 TERMS = ("task", "logits", "features", "auxiliary")
 
@@ -72,8 +72,9 @@ class Objective:
         """
         terms = {}
         if self.uses("logits"):
-            student, teacher = learnt.logits.float(), taught.logits.float()
-            terms["logits"] = LOGITS_LOSSES[self.logits_loss](student, teacher, self.temperature).mean()
+            rows = torch.ones(learnt.logits.shape[:-1], dtype=torch.bool, device=learnt.logits.device)
+            total = divergence(learnt.logits, taught.logits, rows, self.temperature, self.logits_loss)
+            terms["logits"] = total / rows.sum()
         if self.uses("features"):
             loss = FEATURE_LOSSES[self.feature_loss]
             targets = project_features(taught.hidden_states, matches)
