@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_kdprune.distill import divergence as chunked
 from hf_kdprune.distill.logits import LOGITS_LOSSES, TopK, binary_divergence, divergence, squared_difference
@@ -213,6 +215,37 @@ def test_gradient_is_the_buffer_itself_and_is_asked_for_once():
     assert student.grad.data_ptr() == address
     with pytest.raises(RuntimeError, match="compute the loss again"):
         value.backward()
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes in bytes of all storages that operations gave, by address; none is freed while this looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.held = {}, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.sizes[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+                self.held.append(leaf)
+        return out
+
+
+@pytest.mark.parametrize("inputs", ["whole", "masked", "strided", "bfloat16", "top"])
+def test_one_tensor_of_the_size_of_the_logits_is_made(inputs, monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 2 * 500 * 4)
+    student, teacher = drawn(2, 21, 500, dtype=torch.bfloat16 if inputs == "bfloat16" else torch.float32)
+    rows = mask_of(2, 20) if inputs == "masked" else torch.ones(2, 20, dtype=torch.bool)
+    student, teacher = (x[:, :-1] if inputs == "strided" else x[:, :-1].contiguous() for x in (student, teacher))
+    teacher = top_of(teacher, 3, 2.0) if inputs == "top" else teacher
+    student = student.detach().requires_grad_()
+    given = {x.untyped_storage().data_ptr() for x in (student, teacher) if isinstance(x, torch.Tensor)}
+    with Allocations() as seen:
+        torch.autograd.grad(divergence(student, teacher, rows, 2.0, "forward_kl"), student)
+    sizes = sorted(size for address, size in seen.sizes.items() if address not in given)
+    assert sizes[-1] == student.numel() * student.element_size() and sizes[-2] <= 2 * 500 * 4
 
 
 @pytest.mark.parametrize("masked", [False, True])
