@@ -335,6 +335,21 @@ def test_squared_difference_is_a_mean_over_outputs(dtype):
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", [*LOGITS_LOSSES, "top"])
+def test_cuda_gives_the_same(kind, masked, monkeypatch):
+    monkeypatch.setattr(chunked, "ACCELERATOR_CHUNK_BYTES", 3 * 7 * 4)
+    student, teacher = drawn(2, 5, 7)
+    rows, name = mask_of(2, 5) if masked else torch.ones(2, 5, dtype=torch.bool), "forward_kl" if kind == "top" else kind
+    top = top_of(teacher, 3, 2.0)
+    there = TopK(top.log_probs.cuda(), top.indices.cuda()) if kind == "top" else teacher.cuda()
+    here = derivative(divergence, student, top if kind == "top" else teacher, rows, 2.0, name)
+    value, gradient = derivative(divergence, student.cuda(), there, rows.cuda(), 2.0, name)
+    torch.testing.assert_close(value.cpu(), here[0])
+    torch.testing.assert_close(gradient.cpu(), here[1])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
