@@ -274,7 +274,7 @@ def kl_tables(runs: list[dict]) -> list[str]:
         "`python scripts/benchmarks/distillation.py kl`: one forward and backward pass of the loss alone, on the same logits. "
         "Times ours is the median over rounds of the ratio of CPU seconds (of seconds on CUDA). Errors are against float64; "
         f"that of the gradient is of the first {JUDGED_ROWS} rows. torchtune's forward KL is the cross entropy, and is judged "
-        "as that: the gradient is the same. On CPU much of a peer's time at 1,024 rows goes to memory that malloc gives back to "
+        "as that: the gradient is the same. On CPU much of a peer's time at 1,024 rows goes to memory that malloc returns to "
         "the system and asks for anew: where it is made to keep it (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000`), "
         "torchtune's chunks took 1.28 times as long as ours (0.92 and 0.72 CPU seconds, 3 rounds).",
     ]
