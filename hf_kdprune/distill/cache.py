@@ -75,8 +75,8 @@ class TeacherCache:
             ValueError: A row is not in the cache, or its inputs are not those that the teacher saw.
         """
         asked = rows.flatten().cpu().numpy()
-        at = np.searchsorted(self.rows, asked).clip(max=len(self.rows) - 1)
-        if (strangers := asked[self.rows[at] != asked]).size:
+        at, known = self.find(asked)
+        if (strangers := asked[~known]).size:
             raise ValueError(f"{self.folder} holds rows of the training set; row {strangers[0]} is none: {AGAIN}")
         self.check(asked, at, batch)
         table = self.data[self.order[at]]
@@ -84,6 +84,11 @@ class TeacherCache:
         if self.identity.top_k is None:
             return SimpleNamespace(**found)
         return SimpleNamespace(logits=TopK(found["log_probs"], found["indices"]))
+
+    def find(self, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `rows` these rows are, (rows,), and whether they are there at all."""
+        at = np.searchsorted(self.rows, asked).clip(max=len(self.rows) - 1)
+        return at, self.rows[at] == asked
 
     def check(self, asked: np.ndarray, at: np.ndarray, batch: Batch) -> None:
         """Raise ValueError unless the batch holds the inputs that the teacher saw of these rows."""
@@ -159,8 +164,9 @@ def cached_teacher(
         if ours != theirs:
             raise ValueError(f"a teacher cache serves what it was made of; {folder} has {name} {theirs}, now {ours}: {AGAIN}")
     now = sample_sums(teacher, dataset, collate, batch_size)
-    held = dict(zip(cache.rows.tolist(), cache.sums.tolist(), strict=True))
-    if wrong := [row for row in now if held.get(row) != now[row]]:
+    at, known = cache.find(np.array(list(now)))
+    same = known & (cache.sums[at] == list(now.values()))
+    if wrong := [row for row, fits in zip(now, same, strict=True) if not fits]:
         raise ValueError(
             f"a teacher cache serves the data set that it was made of; in {folder} {len(wrong)} of {len(now)} rows that were "
             f"looked at, row {wrong[0]} first, gave other inputs than now: {REASONS}. Undo that, or {AGAIN}"

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 import torch
+import transformers
 from families import ANSWERS, CLASSIFIER, TOKENS, build
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
@@ -90,6 +92,7 @@ CASES = {  # name -> model, labels, collator when built, when looked up
     "causal": (("llama", None), "same", Pad(), Pad(left=True, to=7)),
     "t5": (("t5", None), "other", Pad(), Pad(to=8)),
     "t5, as long as its encoder": (("t5", None), "same", Pad(), Pad(to=16)),
+    "t5, padded to one length": (("t5", None), "other", Pad(to=16), Pad(to=16)),
     "bart": (("bart", None), "other", Pad(), Pad(to=8)),
     "images": (("vit", None), None, default_data_collator, default_data_collator),
     "speech": (("wav2vec2", None), None, default_data_collator, default_data_collator),
@@ -259,7 +262,7 @@ def test_padding_without_a_mask_is_refused(tmp_path):
         )
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "gone", "json", "other columns", "version"])
+@pytest.mark.parametrize("damage", ["short", "fewer", "empty", "gone", "json", "other columns", "version"])
 def test_a_damaged_cache_is_refused_and_left_alone(damage, causal):
     teacher, data, collate, folder = causal
     arrow, identity = folder / "teacher.arrow", folder / "teacher.json"
@@ -267,6 +270,13 @@ def test_a_damaged_cache_is_refused_and_left_alone(damage, causal):
     if damage == "short":
         arrow.write_bytes(bytes_[: len(bytes_) // 2])
         identity.write_text(json.dumps(fields | {"bytes": len(bytes_) // 2}))  # the size alone would tell
+    elif damage == "fewer":
+        with pyarrow.ipc.open_stream(bytes_) as stream:
+            records = list(stream)
+        with pyarrow.OSFile(str(arrow), "wb") as sink, pyarrow.ipc.new_stream(sink, records[0].schema) as writer:
+            for record in records[:-1]:
+                writer.write_batch(record)
+        identity.write_text(json.dumps(fields | {"bytes": arrow.stat().st_size}))
     elif damage == "empty":
         arrow.write_bytes(b"")
     elif damage == "gone":
@@ -437,3 +447,44 @@ def test_an_empty_folder_is_filled_and_of_two_builds_one_counts(tmp_path, monkey
     teacher.forward = overtaken
     cached_teacher(tmp_path / "cache", teacher, data, collate, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+class Wired(transformers.Trainer):
+    """A Trainer that hands each batch to the cache, as KDPruneTrainer is to be wired."""
+
+    cache, seen = None, ()
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns.append(ROW)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        batch = dict(inputs)
+        rows = batch.pop(ROW, None)
+        if model.training:
+            self.seen = [*self.seen, *rows.tolist()]
+            taught, learnt = self.cache.look_up(rows, batch).logits, ask(self.model.eval(), batch).logits
+            model.train()
+            torch.testing.assert_close(taught, learnt, atol=1e-5, rtol=1e-5)  # the learning rate is 0
+        return super().compute_loss(model, batch, *args, **kwargs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_trainer_that_removes_columns_gets_the_right_rows(wrapped, strategy, tmp_path):
+    teacher, data, collate, _ = case("classes")
+    data = data.add_column("title", ["unused"] * COUNT)
+    data = with_rows(data.select(range(COUNT)[::-1])) if wrapped else with_rows(data)
+    assert isinstance(data, WithRows) == wrapped
+    args = transformers.TrainingArguments(
+        str(tmp_path / "out"), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=0.0, report_to=[]
+    )
+    args.train_sampling_strategy, args.disable_tqdm, args.save_strategy = strategy, True, "no"
+    args.dataloader_pin_memory = False
+    tidy = lambda samples: collate([{k: v for k, v in s.items() if k != "title"} for s in samples])  # noqa: E731
+    trainer = Wired(teacher, args, train_dataset=data, eval_dataset=texts(), data_collator=CollateWithRows(collate))
+    trainer.cache = cached_teacher(tmp_path / "cache", teacher, data, tidy, 4)
+    trainer.train()
+    assert sorted(trainer.seen) == sorted([*range(COUNT)] * 2)
+    assert trainer.evaluate()["eval_loss"] > 0
