@@ -262,6 +262,13 @@ def test_padding_without_a_mask_is_refused(tmp_path):
         )
 
 
+def test_decoder_tokens_of_which_no_mask_tells_are_refused(tmp_path):
+    teacher, data, _, _ = case("t5")
+    collate = lambda s: {("decoder_input_ids" if k == "labels" else k): v.clamp(min=0) for k, v in Pad(to=16)(s).items()}  # noqa: E731
+    with pytest.raises(ValueError, match="it must be known which of the teacher's 16 positions are padding"):
+        cached_teacher(tmp_path / "cache", teacher, data, collate, 4)
+
+
 @pytest.mark.parametrize("damage", ["short", "fewer", "empty", "gone", "json", "other columns", "version"])
 def test_a_damaged_cache_is_refused_and_left_alone(damage, causal):
     teacher, data, collate, folder = causal
@@ -288,7 +295,8 @@ def test_a_damaged_cache_is_refused_and_left_alone(damage, causal):
     else:
         identity.write_text(json.dumps(fields | {"widths": {"start_logits": 1}}))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match="damaged|readable"):
+    says = "20 rows of 23" if damage == "fewer" else "is damaged|must be readable"
+    with pytest.raises(ValueError, match=says):
         cached_teacher(folder, silent(teacher), data, collate, 4)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
