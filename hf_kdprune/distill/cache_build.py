@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from itertools import chain
 from pathlib import Path
 from uuid import uuid4
@@ -90,7 +91,7 @@ class Identity:
     @classmethod
     def load(cls, folder: Path) -> Identity:
         """Read it; raise ValueError where there is none, or of another version."""
-        names = sorted(path.name for path in folder.iterdir())
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         if IDENTITY not in names:
             raise ValueError(f"a teacher cache needs a folder of its own; {folder} holds {names[:5]}: give an empty one")
         try:
@@ -103,14 +104,13 @@ class Identity:
 
 
 def teacher_fingerprint(teacher: PreTrainedModel) -> str:
-    """SHA-256 over class name, labels, and a strided sample of every parameter and persistent buffer."""
+    """SHA-256 over class name, labels, and a strided sample of every parameter and buffer (rotary frequencies too)."""
     labels = {str(k): str(v) for k, v in (getattr(teacher.config, "id2label", None) or {}).items()}
     digest = hashlib.sha256(json.dumps([type(teacher).__name__, labels], sort_keys=True).encode())
-    for name, tensor in teacher.state_dict().items():
-        if isinstance(tensor, Tensor):
-            part = tensor.detach().flatten()[:: -(-tensor.numel() // PART) | 1]  # odd: not always the same column
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update((part.float() if part.is_floating_point() else part.long()).cpu().contiguous().numpy().tobytes())
+    for name, tensor in chain(teacher.named_parameters(), teacher.named_buffers()):
+        part = tensor.detach().flatten()[:: -(-tensor.numel() // PART) | 1]  # odd: not always the same column
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update((part.float() if part.is_floating_point() else part.long()).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -162,7 +162,7 @@ def build(
     """
     check_repeatable(teacher, dataset, collate, size)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.*.building"):
+    for left in folder.parent.glob(f".{escape(folder.name)}.*.building"):
         log.warning("%s is of a run that still computes its teacher cache, or was killed: then delete it", left)
     work = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.building")
     work.mkdir()
@@ -177,8 +177,11 @@ def build(
         identity.save(work)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-        if not folder.exists():  # else another process was faster
+        try:
             work.rename(folder)
+        except OSError:
+            if not (folder / IDENTITY).is_file():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -31,6 +31,12 @@ class WithRows(Dataset):
         """One sample; its values as they are."""
         return {**self.dataset[row], ROW: row % len(self)}
 
+    def __getitems__(self, rows: list[int]) -> list[dict]:
+        """Several samples, read or transformed at once where the data set can."""
+        read = getattr(self.dataset, "__getitems__", None)
+        samples = read(rows) if read else [self.dataset[row] for row in rows]
+        return [{**sample, ROW: row % len(self)} for sample, row in zip(samples, rows, strict=True)]
+
 
 class CollateWithRows:
     """A collator that hands the row numbers past another one, into batch[ROW], (batch,) int64.
@@ -71,9 +77,9 @@ def with_rows(dataset: object) -> object:
 
 def mix(x: Tensor) -> Tensor:
     """Scramble int64 numbers, one to one; products wrap around. Source: Steele et al. 2014, SplitMix64."""
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    x = (x ^ (x >> 27)) * -7723592293110705685
-    return x ^ (x >> 31)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # torch shifts the sign in: x and ~x would be alike
+    return x
 
 
 def checksums(batch: Batch) -> Tensor:

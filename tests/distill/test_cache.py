@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from hf_kdprune.distill.cache import Kept, TeacherCache, cached_teacher
-from hf_kdprune.distill.rows import ROW, CollateWithRows, WithRows, checksums, with_rows
+from hf_kdprune.distill.rows import ROW, CollateWithRows, WithRows, checksums, mix, with_rows
 from hf_kdprune.inputs import completed
 from hf_kdprune.layers import inputs_of
 
@@ -207,6 +207,14 @@ def test_another_teacher_is_refused(causal):
         cached_teacher(folder, teacher, data, collate, 4)
 
 
+def test_another_rotary_base_is_another_teacher(causal):
+    teacher, data, collate, folder = causal
+    other = build("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})  # the same weights
+    assert all(torch.equal(x, y) for x, y in zip(teacher.parameters(), other.parameters(), strict=True))
+    with pytest.raises(ValueError, match="has teacher"):
+        cached_teacher(folder, other, data, collate, 4)
+
+
 def test_labels_in_another_order_are_another_teacher(tmp_path):
     teacher, data, collate, _ = case("classes")
     cached_teacher(tmp_path / "cache", teacher, data, collate)
@@ -361,6 +369,8 @@ def test_rows_stay_with_their_samples():
     assert isinstance(chosen, WithRows) and chosen[1] == {**texts()[2], ROW: 1} and with_rows(chosen) is chosen
     made = with_rows(texts().with_transform(lambda s: {"twice": [2 * x for x in s["labels"]]}))
     assert made[3] == {"twice": 2 * texts()[3]["labels"], ROW: 3}
+    assert made.__getitems__([3, 0]) == [made[3], made[0]]
+    assert with_rows(Images()).__getitems__([4])[0][ROW] == 4
     part = torch.utils.data.Subset(with_rows(Images()), [7, 3])
     assert with_rows(part) is part and part[0][ROW] == 7
 
@@ -393,6 +403,12 @@ def test_checksums_see_every_input_at_real_positions_alone():
     assert torch.equal(checksums({**batch, "labels": batch["labels"] + 1}), base)
     with pytest.raises(ValueError, match="do not pack"):
         checksums({**batch, "pixel_values": torch.randn(9, 5)})
+
+
+def test_numbers_are_scrambled_one_to_one():
+    x = torch.cat([torch.arange(-5, 5), torch.tensor([2**63 - 1, -(2**63), 0x123456789ABCDEF0])])
+    both = torch.cat([x, ~x]).unique()
+    assert len(mix(both).unique()) == len(both)
 
 
 CHILD = """
