@@ -33,6 +33,7 @@ DATA, IDENTITY = "teacher.arrow", "teacher.json"
 SUM = "checksum"  # the column of what `checksums` gave for the inputs of a row
 SPAN = ("start_logits", "end_logits")
 SAMPLED = 64  # rows of the training set that are collated anew when a cache is opened
+CHUNK = 256  # positions whose likeliest classes are looked for at once: 150 MiB where there are 150,000 classes
 PART = 4096  # numbers of each tensor of the teacher that make its fingerprint
 AGAIN = "give another folder, or delete this one to have it computed again"
 log = logging.getLogger(__name__)
@@ -254,8 +255,9 @@ def said(output: object, batch: Batch, rows: Tensor, identity: Identity) -> tupl
                 f"top_k keeps the likeliest classes of each position of a language model; got top_k {k}, and logits "
                 f"{list(found[names[0]].shape)}: set a smaller top_k, or None to keep all"
             )
-        top = log_probs(columns["logits"], identity.temperature, torch.float32).topk(k)
-        columns = {"log_probs": top.values, "indices": top.indices.int()}
+        parts = columns["logits"].split(CHUNK)
+        tops = [log_probs(part, identity.temperature, torch.float32).topk(k) for part in parts]
+        columns = {"log_probs": torch.cat([t.values for t in tops]), "indices": torch.cat([t.indices for t in tops]).int()}
     return columns, held, key, classes
 
 

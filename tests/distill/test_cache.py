@@ -18,6 +18,7 @@ from families import ANSWERS, CLASSIFIER, TOKENS, build
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
+from hf_kdprune.distill import cache_build
 from hf_kdprune.distill.cache import Kept, TeacherCache, cached_teacher
 from hf_kdprune.distill.rows import ROW, CollateWithRows, WithRows, checksums, mix, with_rows
 from hf_kdprune.inputs import completed
@@ -167,7 +168,8 @@ def test_it_says_what_the_live_teacher_says(name, tmp_path):
 
 
 @pytest.mark.parametrize("k", [1, 7, 200])
-def test_of_a_language_model_the_likeliest_classes_are_kept(k, tmp_path):
+def test_of_a_language_model_the_likeliest_classes_are_kept(k, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_build, "CHUNK", 10)  # several in a batch
     teacher, data, built, looked = case("causal")
     cache = cached_teacher(tmp_path / "cache", teacher, data, built, 4, Kept(temperature=2.0, top_k=k))
     for rows, batch in shuffled(data, looked, teacher):
