@@ -26,10 +26,20 @@ class KDPruneConfig(TrainingArguments):
     auxiliary_weight: float = field(default=0.0, metadata={"help": "Weight of classifiers on each block (off)."})
     temperature: float = field(default=2.0, metadata={"help": "T of the logits term."})
     logits_loss: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl or js."})
-    feature_loss: str = field(default="mse", metadata={"help": "mse or cosine."})
+    feature_loss: str = field(default="mse", metadata={"help": "mse, cosine, relations or cka."})
     layer_map: list | str | None = field(  # in this order HfArgumentParser takes it for a text
         default="auto", metadata={"help": "auto, last, uniform, or [[student, teacher], ...]; 0 is the embeddings."}
     )
+    remap_labels: bool = field(
+        default=False, metadata={"help": "The teacher's labels may stand in another order; they are matched by name."}
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "A folder for the teacher's logits, computed once and read by later runs."}
+    )
+    teacher_top_k: int | None = field(
+        default=None, metadata={"help": "Keep only so many classes of each position there (language models)."}
+    )
+    evaluate_terms: bool = field(default=False, metadata={"help": "Log each term of the first loss in evaluation too."})
     learning_rate: float = field(  # the best of a sweep: docs/recovery.md
         default=1e-4, metadata={"help": "The initial learning rate of recovery."}
     )
@@ -55,6 +65,16 @@ class KDPruneConfig(TrainingArguments):
         self.pruning().rules()  # raises where they are none
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {list(SCHEDULES)} in this version, got {self.schedule!r}")
+        if self.teacher_cache and self.features_weight:
+            raise ValueError(
+                f"teacher_cache holds the teacher's logits and not its features; got features_weight={self.features_weight}: "
+                "set features_weight=0, or leave teacher_cache out"
+            )
+        if self.teacher_top_k is not None and not (self.teacher_cache and self.teacher_top_k > 0):
+            raise ValueError(
+                f"teacher_top_k is a number of classes, 1 or more, that teacher_cache keeps; got {self.teacher_top_k} with "
+                f"teacher_cache={self.teacher_cache!r}"
+            )
         for name, least in (("latency_batch", 1), ("calibration_samples", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .layer_map import layer_pairs, similarity
+
 Batch = dict[str, Tensor]
 TOKENS_PER_COLUMN = 5  # that make a covariance or a least-squares fit (METHOD.md 3)
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 FRAMES = "kdprune_frames"  # in a batch of raw audio: (batch, frames), True where a frame is no padding
+ALIKE_POSITIONS = 2048  # that tell which layers are alike
 IGNORED = -100  # the label of a position that does not count
-RULE = 'layer_map must be "auto", "last", "uniform" or a list of [student, teacher] pairs; 0 is the embeddings'
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,6 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def depth_of(model: PreTrainedModel, batch: Batch) -> int:
-    """Number of layers that have features, embeddings not counted."""
-    with evaluating(model), torch.no_grad():
-        return len(hidden_states(model, {k: v[:1] for k, v in batch.items()})) - 1
 
 
 def real_positions(batch: Batch) -> Tensor:
@@ -158,30 +154,6 @@ def root_mean_square(features: Tensor) -> Tensor:
     return features.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6).to(features.dtype)
 
 
-def layer_pairs(layer_map: str | list, students: int, teachers: int) -> list[tuple[int, int]]:
-    """Pair student layers with teacher layers.
-
-    Args:
-        layer_map: "auto" and "uniform": each student block with the teacher block at the same relative depth (the same
-            one where the depths are equal); "last": the last blocks; or pairs.
-        students: Number of student blocks.
-        teachers: Number of teacher blocks.
-
-    Raises:
-        ValueError: The map is none of these, or names a layer that is not there.
-    """
-    if layer_map in ("auto", "uniform"):
-        return [(i, max(1, round(i * teachers / students))) for i in range(1, students + 1)]
-    if layer_map == "last":
-        return [(students, teachers)]
-    if isinstance(layer_map, str) or not layer_map or any(len(pair) != 2 for pair in layer_map):
-        raise ValueError(f"{RULE}; got {layer_map!r}")
-    for student, teacher in layer_map:
-        if not (0 <= student <= students and 0 <= teacher <= teachers):
-            raise ValueError(f"{RULE}; got {[student, teacher]} with {students} student and {teachers} teacher blocks")
-    return [(int(student), int(teacher)) for student, teacher in layer_map]
-
-
 def count_real(batches: Sequence[Batch]) -> int:
     """Positions of a set of batches that are no padding."""
     return sum(int(real_positions(batch).sum()) for batch in batches)
@@ -210,13 +182,32 @@ def match_layers(
     source = model if teacher is None else teacher
     with evaluating(model, source):
         learnt, taught = (hidden_states(m, batches[0]) for m in (model, source))
-        pairs = layer_pairs(layer_map, len(learnt) - 1, len(taught) - 1)
+        apart = layer_map == "auto" and len(learnt) != len(taught)
+        pairs = layer_pairs(layer_map, len(learnt) - 1, len(taught) - 1, alike(model, source, batches) if apart else None)
         widths = [(learnt[s].shape[-1], taught[t].shape[-1]) for s, t in pairs]
         other = source is not model and any(s != t for s, t in widths)
         some = enough(batches, max(t for _, t in widths))
         moments = joint_moments(source, model if other else None, some, pairs)
     described = [describe(m, t, other) for m, (_, t) in zip(moments, widths, strict=True)]
     return [LayerMatch(s, t, *facts) for (s, t), facts in zip(pairs, described, strict=True)]
+
+
+@torch.no_grad()
+def alike(model: PreTrainedModel, source: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
+    """How alike the blocks of two models are, (blocks of the one, of the other), on some real positions.
+
+    Each position is taken over its root mean square, so that the first token of a language model is not all that counts.
+    """
+    few, seen = [], 0
+    for batch in batches:
+        few, seen = [*few, batch], seen + count_real([batch])
+        if seen >= ALIKE_POSITIONS:
+            break
+    features = []
+    for m in (model, source):
+        parts = [[at_real(x / root_mean_square(x), batch).float() for x in hidden_states(m, batch)[1:]] for batch in few]
+        features.append([torch.cat(layer).cpu() for layer in zip(*parts, strict=True)])
+    return similarity(*features)
 
 
 def check_finite(features: Tensor, layer: int) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from pathlib import Path
 
 from transformers import PreTrainedModel, Trainer
 
+from .inputs import at_length
 from .prune.budget import Budget
 from .prune.judge import Judge, feature_judge, metric_judge
+from .publish.checkpoint import load_line
+from .publish.report import SETTINGS, Report, costs, dataset_facts, model_facts
 
 NO_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -75,3 +79,30 @@ def judge_by_metric(trainer: Trainer, dataset: Sized) -> Judge:
         )
     greater = trainer.args.greater_is_better is not False
     return metric_judge(lambda m: measured_on(trainer, m, "judge", dataset)[name], name, before[name], greater)
+
+
+def report_of(trainer: Trainer, output_dir: str) -> dict:
+    """Measure teacher and compact model side by side: the data of report.json; {} on ranks that do not save."""
+    for name, model in (("teacher", trainer.teacher), ("compact", trainer.model)):
+        if name not in trainer._metrics:
+            trainer._metrics[name] = measured_on(trainer, model, name, trainer.eval_dataset)
+    trainer._metrics.setdefault("pruned", trainer._metrics["compact"])
+    if not trainer.args.should_save:
+        return {}
+    rows = len(trainer.train_dataset) + trainer._held_out_rows
+    evaluated = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else 0
+    return Report(
+        name=Path(output_dir).resolve().name,
+        model={**model_facts(trainer.model, trainer.teacher), **trainer.about.get("model", {})},
+        dataset={**dataset_facts(rows, evaluated), **trainer.about.get("dataset", {})},
+        metrics={name: trainer._metrics[name] for name in ("teacher", "pruned", "compact")},
+        **costs(trainer.teacher, trainer.model, at_length(trainer.calibration[0], trainer.plan.budget["seq_len"])),
+        budget=trainer.plan.budget,
+        seeds={"seed": trainer.args.seed, "data_seed": trainer.args.pruning().seed},
+        loss=[entry for entry in trainer.state.log_history if "loss" in entry],
+        recovery=trainer.recovery,
+        repair=[vars(r) for r in trainer.repairs],
+        settings={name: getattr(trainer.args, name) for name in SETTINGS},
+        load=load_line(trainer.model, output_dir),
+        **{k: v for k, v in trainer.about.items() if k in ("example", "command")},
+    ).to_json()

@@ -20,11 +20,11 @@ def held_out_size(dataset: Sized, most: int = HELD_OUT) -> int:
     return min(most, max(1, len(dataset) // 10))
 
 
-def check_dataset(dataset: object, args: KDPruneConfig) -> None:
-    """Raise unless `dataset` can be drawn from and has what the first loss needs.
+def check_dataset(dataset: object) -> None:
+    """Raise unless `dataset` can be drawn from.
 
     Raises:
-        ValueError: No length, too few samples, or no labels.
+        ValueError: No length, or too few samples.
     """
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)) or not isinstance(dataset, Sized):
         raise ValueError(
@@ -33,13 +33,19 @@ def check_dataset(dataset: object, args: KDPruneConfig) -> None:
         )
     if len(dataset) < 4:
         raise ValueError(f"train_dataset must hold at least 4 samples, got {len(dataset)}: give the training split")
-    sample = dataset[0]
-    columns = list(sample) if hasattr(sample, "keys") else []
-    labelled = not columns or set(columns) & {*LABELS, *(args.label_names or ())}
-    if (args.task_weight or args.auxiliary_weight) and not labelled:
+
+
+def check_labels(batch: dict, args: KDPruneConfig) -> None:
+    """Raise unless a collated batch has the labels that the first loss needs.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if (args.task_weight or args.auxiliary_weight) and not set(batch) & {*LABELS, *(args.label_names or ())}:
         raise ValueError(
-            f"task_weight {args.task_weight} and auxiliary_weight {args.auxiliary_weight} need labels; train_dataset has "
-            f"the columns {columns}: name the label column 'labels', or set both weights to 0 to learn from the teacher"
+            f"task_weight {args.task_weight} and auxiliary_weight {args.auxiliary_weight} need labels; a batch of "
+            f"train_dataset has {sorted(batch)}: name the label column 'labels', give a data_collator that makes labels, or "
+            "set both weights to 0 to learn from the teacher"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sized
 from pathlib import Path
 
 import datasets
@@ -14,21 +13,22 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
 from .config import KDPruneConfig
-from .distill import auxiliary
-from .distill.objective import Objective
-from .distill.teacher import ask, check_teacher, frozen_copy
-from .inputs import at_length
-from .layers import LayerMatch, depth_of, inputs_of, layer_pairs, match_layers, real_positions
-from .metrics import check_metric, judge_of, measured_on
+from .distill import trained_only
+from .distill.first_loss import FirstLoss, check_lesson
+from .distill.rows import ROW, CollateWithRows, with_rows
+from .distill.teacher import check_teacher, frozen_copy, placed, with_labels_of
+from .inputs import completed
+from .layers import LayerMatch, match_layers
+from .metrics import check_metric, judge_of, measured_on, report_of
 from .prune.budget import Budget
 from .prune.discovery import find_sites
 from .prune.repair import SiteRepair
 from .prune.schedule import check_budget, one_shot, realise, report_losses, restate
 from .prune.sites import Plan
 from .publish import hub
-from .publish.checkpoint import check_writable, last_checkpoint, load_line, save_pretrained
-from .publish.report import SETTINGS, Report, costs, dataset_facts, model_facts
-from .samples import JUDGING, by_length, check_dataset, held_out_size, split
+from .publish.checkpoint import check_writable, last_checkpoint, save_pretrained
+from .samples import JUDGING, by_length, check_dataset, check_labels, held_out_size, split
+from .teaching import cached, live
 
 Batch = dict[str, Tensor]
 
@@ -44,7 +44,7 @@ class KDPruneTrainer(Trainer):
         about: Facts for the card that the trainer cannot know: {"dataset": {...}, "model": {...}, "command": ...}.
     """
 
-    loss_is_scaled_for_ga = False  # compute_loss returns the mean of its batch
+    loss_is_scaled_for_ga = True  # each term is divided by the number of its items in the whole step
 
     def __init__(
         self,
@@ -73,8 +73,11 @@ class KDPruneTrainer(Trainer):
         check_writable(args.output_dir)
         find_sites(model)
         if teacher is not None:
-            check_teacher(model, teacher)
-        check_dataset(train_dataset, args)
+            check_teacher(model, teacher, args.remap_labels, trainer.get("processing_class"))
+            teacher = with_labels_of(model, teacher)
+        check_dataset(train_dataset)
+        if args.teacher_cache:
+            train_dataset = with_rows(train_dataset)
         held_out, train_dataset = split(train_dataset, held_out_size(train_dataset), args.seed)
         budget, self._judging = Budget.parse(args.budget), None
         if budget.counts == "loss":
@@ -82,7 +85,12 @@ class KDPruneTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer)
         check_metric(budget, self)
         self.model_accepts_loss_kwargs = False  # so that the Trainer hands no global count to a mean
-        self.teacher = None if teacher is None else teacher.to(args.device).eval()
+        self.teacher = None if teacher is None else placed(teacher, args.device)
+        self._begin(held_out)
+
+    def _begin(self, held_out: object) -> None:
+        """Draw the samples that judge and rank, and check them against model, teacher and budget."""
+        args = self.args
         self.objective = args.objective()
         self.plan: Plan | None = None
         self.matches: list[LayerMatch] = []
@@ -90,20 +98,33 @@ class KDPruneTrainer(Trainer):
         self.recovery: dict | None = None
         self.about: dict = {}
         self._metrics: dict[str, dict] = {}
-        self._terms: dict[str, list[Tensor]] = {}
-        self._held_out = self.batches_of(held_out)
-        count = min(args.calibration_samples, len(train_dataset))
-        self.calibration = self.batches_of(split(train_dataset, count, args.pruning().seed)[0])
-        check_budget(model, self.calibration, args.pruning())
-        layer_pairs(args.layer_map, *(depth_of(m, self.calibration[0]) for m in (model, self.teacher or model)))
+        if args.teacher_cache:
+            self.data_collator = CollateWithRows(self.data_collator)
+        self._held_out, self._held_out_rows = self.batches_of(held_out), len(held_out)
+        count = min(args.calibration_samples, len(self.train_dataset))
+        self.calibration = self.batches_of(split(self.train_dataset, count, args.pruning().seed)[0])
+        check_labels(self.calibration[0], args)
+        check_budget(self.model, self.calibration, args.pruning())
+        head = check_lesson(self.model, self.teacher, self.calibration[0], self.objective, args.layer_map)
+        self.lesson = FirstLoss(head, self._task, self.compute_loss_func is not None)
 
     def batches_of(self, dataset: object) -> list[Batch]:
         """All of a small data set, collated as for training, the same on every rank."""
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="calibration")
+        loader = by_length(dataset, self.collate, self.args.per_device_train_batch_size)
+        return [{k: v for k, v in self._prepare_inputs(batch).items() if k != ROW} for batch in loader]
+
+    def collate(self, rows: list) -> Batch:
+        """Collate as for training, and complete what follows from it."""
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-        loader = by_length(dataset, collate, self.args.per_device_train_batch_size)
-        return [dict(self._prepare_inputs(batch)) for batch in loader]
+        return completed(self.model, dict(collate(rows)))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As Trainer's, and the row number that finds a sample in the teacher's cache."""
+        super()._set_signature_columns_if_needed()
+        if self.args.teacher_cache and ROW not in self._signature_columns:
+            self._signature_columns += [ROW]
 
     def propose(self) -> Plan:
         """Rank and plan as `prune` does, and change nothing: a plan to print, draw, edit, save, and give to `prune`.
@@ -139,7 +160,7 @@ class KDPruneTrainer(Trainer):
         original = frozen_copy(self.model)
         self.repairs = realise(self.model, original, data, plan, self.args.pruning())
         report_losses(self.repairs, original, self.teacher, data, plan, self.matches)
-        self.teacher, self.plan = self.teacher or original, plan
+        self.teacher, self.plan, self.lesson.matches = self.teacher or original, plan, self.matches
         return plan
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **trainer: object) -> object:
@@ -153,15 +174,15 @@ class KDPruneTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if self.plan is None:
             self.prune(Plan.load(Path(resume_from_checkpoint) / "plan.json") if resume_from_checkpoint else None)
+        self.lesson.teach = cached(self) if self.args.teacher_cache else live(self)
         self._metrics["pruned"] = measured_on(self, self.model, "pruned", self.eval_dataset)
         before = self.held_out_loss()
         weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
-        if self.objective.uses("auxiliary"):
-            auxiliary.attach(self.model)
         try:
+            trained_only.attach(self.model, self.teacher, self.calibration, self.lesson, self.objective)
             output = super().train(resume_from_checkpoint, **trainer)
         finally:
-            auxiliary.detach(self.model)
+            trained_only.detach(self.model)
         after = self.held_out_loss()
         if not (better := after < before):
             self.model.load_state_dict(weights)
@@ -172,74 +193,51 @@ class KDPruneTrainer(Trainer):
     def compute_loss(
         self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: object = None
     ) -> Tensor | tuple[Tensor, object]:
-        """The first loss while training; the model's own loss in evaluation, which asks no teacher."""
+        """The first loss while training; the model's own loss in evaluation, which asks no teacher unless told to."""
         if not model.training:
+            if self.lesson.evaluated is not None:
+                self.lesson.evaluate(model, self.accelerator.unwrap_model(model), inputs, self.objective.judge())
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        terms, outputs = self.loss_terms(model, inputs, self.objective)
-        for name, value in terms.items():
-            self._terms.setdefault(name, []).append(value.detach())
-        return (self.objective.total(terms), outputs) if return_outputs else self.objective.total(terms)
+        counts = num_items_in_batch if isinstance(num_items_in_batch, dict) else self.lesson.count(self.model, [inputs])
+        plain = self.accelerator.unwrap_model(model)
+        terms, outputs = self.lesson.terms(model, plain, inputs, self.objective, counts)
+        self.lesson.log(terms)
+        loss = self.objective.total(terms) * self.accelerator.num_processes  # of whose gradients the mean is taken
+        return (loss, outputs) if return_outputs else loss
 
-    def loss_terms(self, model: PreTrainedModel, inputs: Batch, objective: Objective) -> tuple[dict[str, Tensor], object]:
-        """The terms of `objective` that have a weight, each a scalar, and the student's output."""
-        terms: dict[str, Tensor] = {}
-        asked = {**inputs, "output_hidden_states": objective.uses("features") or objective.uses("auxiliary")}
-        if objective.uses("task"):
-            terms["task"], outputs = super().compute_loss(model, asked, return_outputs=True)
-        else:
-            outputs = model(**inputs_of(asked))
-        mask = real_positions(inputs)
-        if objective.needs_teacher:
-            taught = ask(self.teacher, inputs, objective.uses("features"))
-            terms |= objective.taught_terms(outputs, taught, self.matches, mask)
-        if objective.uses("auxiliary"):
-            classifiers = getattr(self.accelerator.unwrap_model(model), auxiliary.NAME)
-            logits = classifiers(outputs.hidden_states[1:], mask)
-            terms["auxiliary"] = auxiliary.auxiliary_loss(logits, inputs["labels"])
-        return terms, outputs
+    def get_batch_samples(self, epoch_iterator: object, num_batches: int, device: torch.device) -> tuple[list, dict | None]:
+        """The micro-batches of a step, and how many items each term has in all of them on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.lesson.count(self.model, batches, self.accelerator) if batches else None
 
-    @torch.no_grad()
+    def _task(self, model: PreTrainedModel, inputs: Batch, counts: dict) -> tuple[Tensor, object]:
+        """The model's own loss, smoothed if asked, or the user's, over the count of the whole step."""
+        user = self.compute_loss_func is not None
+        loss, outputs = super().compute_loss(model, inputs, True, torch.tensor(counts["task"]) if user else None)
+        shared = user and self.args.average_tokens_across_devices  # then Trainer has multiplied by the ranks already
+        return loss / self.accelerator.num_processes if shared else loss, outputs
+
     def held_out_loss(self) -> float:
         """The first loss, less auxiliary classifiers, on training data that recovery does not see."""
         self.model.eval()
-        judge = self.objective.judge()
-        rows = [len(real_positions(batch)) for batch in self._held_out]
-        losses = [float(judge.total(self.loss_terms(self.model, batch, judge)[0])) for batch in self._held_out]
-        return sum(n * loss for n, loss in zip(rows, losses, strict=True)) / sum(rows)
+        return self.lesson.whole(self.model, self._held_out, self.objective.judge())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term of the first loss since the last log: loss_task, loss_logits, and so on."""
         if "loss" in logs:
-            for name, values in self._terms.items():
-                logs[f"loss_{name}"] = float(self.accelerator.reduce(torch.stack(values).mean(), "mean"))
-            self._terms = {}
+            logs |= self.lesson.logged(self.state.global_step, self.accelerator)
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> object:
+        """As Trainer's; with evaluate_terms the metrics hold each term of the first loss: eval_loss_task, and so on."""
+        self.lesson.evaluated = [] if self.args.evaluate_terms and metric_key_prefix.startswith("eval") else None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_loss_{name}": v for name, v in self.lesson.means().items()})
+        return output
 
     def report(self, output_dir: str) -> dict:
         """Measure teacher and compact model side by side: the data of report.json; {} on ranks that do not save."""
-        for name, model in (("teacher", self.teacher), ("compact", self.model)):
-            if name not in self._metrics:
-                self._metrics[name] = measured_on(self, model, name, self.eval_dataset)
-        self._metrics.setdefault("pruned", self._metrics["compact"])
-        if not self.args.should_save:
-            return {}
-        rows = len(self.train_dataset) + sum(len(real_positions(b)) for b in self._held_out)
-        evaluated = len(self.eval_dataset) if isinstance(self.eval_dataset, Sized) else 0
-        return Report(
-            name=Path(output_dir).resolve().name,
-            model={**model_facts(self.model, self.teacher), **self.about.get("model", {})},
-            dataset={**dataset_facts(rows, evaluated), **self.about.get("dataset", {})},
-            metrics={name: self._metrics[name] for name in ("teacher", "pruned", "compact")},
-            **costs(self.teacher, self.model, at_length(self.calibration[0], self.plan.budget["seq_len"])),
-            budget=self.plan.budget,
-            seeds={"seed": self.args.seed, "data_seed": self.args.pruning().seed},
-            loss=[entry for entry in self.state.log_history if "loss" in entry],
-            recovery=self.recovery,
-            repair=[vars(r) for r in self.repairs],
-            settings={name: getattr(self.args, name) for name in SETTINGS},
-            load=load_line(self.model, output_dir),
-            **{k: v for k, v in self.about.items() if k in ("example", "command")},
-        ).to_json()
+        return report_of(self, output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the smaller model with its plan, report, card and pictures, reload it, and print the line that loads it.
@@ -266,7 +264,13 @@ class KDPruneTrainer(Trainer):
         """Write a training checkpoint: the model without card or check, which a final save has."""
         folder = Path(output_dir or self.args.output_dir)
         save_pretrained(self.model, folder, self.processing_class, verify=False, state_dict=state_dict)
+        trained_only.save(self.model, folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        """As Trainer's, and what trains with the student."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        trained_only.load(self.model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:
         """As Trainer's, but what was interrupted half-way is taken away again."""
@@ -279,12 +283,9 @@ class KDPruneTrainer(Trainer):
             raise
 
     def push_to_hub(self, commit_message: str = "End of training", blocking: bool = True, **repo: object) -> object:
-        """Save to the output directory, then upload it as `hub_model_id` (default: the directory's name).
+        """Save to the output directory, then upload it as `hub_model_id` (default: the directory's name), and wait for that.
 
-        Args:
-            commit_message: Of the commit.
-            blocking: Must be True: this version waits for the upload, and raises ValueError otherwise.
-            **repo: token, revision, private; default: `hub_token`, `hub_revision`, `hub_private_repo`.
+        `repo` may hold token, revision and private; their defaults are hub_token, hub_revision and hub_private_repo.
         """
         if not blocking:
             raise ValueError("push_to_hub of this version waits for the upload: blocking must be True, got False")

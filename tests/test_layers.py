@@ -1,4 +1,4 @@
-"""Features, padding, and which student layer learns from which teacher layer."""
+"""Features and padding, and what the teacher's features look like."""
 
 import pytest
 import torch
@@ -8,33 +8,11 @@ from hf_kdprune.layers import (
     enough,
     hidden_states,
     inputs_of,
-    layer_pairs,
     match_layers,
     project_features,
     real_positions,
     target_features,
 )
-
-
-@pytest.mark.parametrize(
-    ("layer_map", "students", "teachers", "pairs"),
-    [
-        ("auto", 3, 3, [(1, 1), (2, 2), (3, 3)]),
-        ("uniform", 3, 6, [(1, 2), (2, 4), (3, 6)]),
-        ("auto", 4, 2, [(1, 1), (2, 1), (3, 2), (4, 2)]),
-        ("auto", 6, 1, [(i, 1) for i in range(1, 7)]),
-        ("last", 3, 12, [(3, 12)]),
-        ([[0, 0], [3, 5]], 3, 6, [(0, 0), (3, 5)]),
-    ],
-)
-def test_layers_are_paired_by_depth(layer_map, students, teachers, pairs):
-    assert layer_pairs(layer_map, students, teachers) == pairs
-
-
-@pytest.mark.parametrize("layer_map", ["first", [], [[1]], [[4, 1]], [[1, 7]], [[-1, 1]], [[1, 2, 3]]])
-def test_a_map_that_does_not_fit_is_refused_with_the_rule(layer_map):
-    with pytest.raises(ValueError, match='layer_map must be "auto", "last", "uniform" or a list of .* got'):
-        layer_pairs(layer_map, 3, 6)
 
 
 def test_labels_are_no_inputs(tiny, ragged):
@@ -76,7 +54,7 @@ def test_covariance_is_that_of_the_real_positions(tiny, ragged):
 
 def test_another_teacher_of_the_same_width_is_measured_itself(tiny, ragged):
     model, teacher, batches = tiny(), tiny(num_hidden_layers=4, seed=1), ragged(2, 6)
-    matches = match_layers(model, teacher, batches)
+    matches = match_layers(model, teacher, batches, "uniform")
     assert [(m.student, m.teacher) for m in matches] == [(1, 2), (2, 4)]
     expected = features(teacher, batches, 4).T.cov(correction=0)
     assert torch.allclose(matches[1].covariance.double(), expected, rtol=1e-4, atol=1e-6)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CTC_MAPPING_NAMES
 
-from ..layers import FRAMES, IGNORED, masks_of, real_positions
+from ..layers import IGNORED, masks_of, positions_of, real_positions
 
 Batch = dict[str, Tensor]
 ONE = "one"  # the unit of what is a sum already
@@ -88,7 +89,7 @@ def rows_of(head: Head, batch: Batch) -> Tensor:
         if "shift_labels" in batch:
             return batch["shift_labels"] != IGNORED
         real = labels != IGNORED if labels is not None else masks_of(batch).get("decoder", real_positions(batch))
-        return torch.nn.functional.pad(real[:, 1:], (0, 1)) if head.kind == "next_token" else real
+        return pad(real[:, 1:], (0, 1)) & real_positions(batch) if head.kind == "next_token" else real
     if head.kind == "single_label" and labels is not None and labels.dim() == 1:
         return labels != IGNORED
     return batch_of_ones(batch)
@@ -115,9 +116,10 @@ def counts_of(head: Head, batch: Batch) -> dict[str, int]:
     """
     counts = {"samples": len(batch_of_ones(batch)), ONE: 1}
     counts |= {name: int(mask.sum()) for name, mask in masks_of(batch).items()}
-    rows = int(rows_of(head, batch).sum())
-    labelled = head.kind in ("single_label", "tokens", "next_token")
-    counts |= {"rows": rows, "task": rows if labelled else counts["samples"]}
+    counts |= {"rows": int(rows_of(head, batch).sum()), "task": counts["samples"]}
+    if head.kind in ("single_label", "tokens", "next_token") and (labels := batch.get("labels")) is not None:
+        said = batch.get("shift_labels", labels[:, 1:] if head.kind == "next_token" else labels)
+        counts["task"] = int((said != IGNORED).sum())
     if head.kind == "span":
         counts |= {f"span{i}": int((s != IGNORED).sum()) for i, s in enumerate(spans_of(batch)) if s is not None}
     return counts
@@ -126,3 +128,17 @@ def counts_of(head: Head, batch: Batch) -> dict[str, int]:
 def total_of(counts: list[dict[str, int]]) -> dict[str, int]:
     """The counts of several batches, or ranks, together."""
     return {name: sum(count.get(name, 0) for count in counts) for name in sorted(set().union(*counts))} | {ONE: 1}
+
+
+def span_logits(output: object, batch: Batch) -> list[Tensor]:
+    """Logits of start and end (batch, seq) in float32, padding ruled out, so that the length of the batch changes nothing."""
+    real = positions_of(batch, output.start_logits[..., None])
+    outside = torch.finfo(torch.float32).min / 8  # its exponent is 0 at any temperature, and differences are finite
+    return [x.float().masked_fill(~real, outside) for x in (output.start_logits, output.end_logits)]
+
+
+def span_loss(output: object, batch: Batch, counts: dict[str, int]) -> Tensor:
+    """As transformers' ForQuestionAnsweringLoss among real positions, with the counts of the whole step."""
+    pairs = zip(span_logits(output, batch), spans_of(batch), strict=True)
+    sums = [cross_entropy(logits, span, ignore_index=IGNORED, reduction="sum") for logits, span in pairs]
+    return sum(total / max(counts[f"span{i}"], 1) for i, total in enumerate(sums)) / 2

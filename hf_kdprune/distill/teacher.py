@@ -11,30 +11,75 @@ from transformers import PreTrainedModel
 from ..layers import inputs_of
 
 
-def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, remap: bool = False, tokenizer: object = None) -> None:
     """Raise unless the two speak of the same labels and tokens.
+
+    Args:
+        student: The model that learns.
+        teacher: The model that teaches.
+        remap: Whether labels of the same names may stand in another order.
+        tokenizer: Of both; vocabularies may be padded to different sizes beyond it.
 
     Raises:
         ValueError: Labels or vocabulary differ.
     """
-    ours, theirs = student.config, teacher.config
-    if {int(k): v for k, v in ours.id2label.items()} != {int(k): v for k, v in theirs.id2label.items()}:
+    ours, theirs = (labels_of(model) for model in (student, teacher))
+    if ours != theirs and not (remap and sorted(ours.values()) == sorted(theirs.values())):
+        same = sorted(ours.values()) == sorted(theirs.values())
+        way = (
+            "set remap_labels=True if they mean the same"
+            if same
+            else ("fine-tune the teacher on this data set, or set the same id2label in both configs if only the names differ")
+        )
         raise ValueError(
             "teacher and student must have the same labels in the same order; got student "
-            f"{short(ours.id2label)} and teacher {short(theirs.id2label)}: fine-tune the teacher on this data set, or set "
-            "the same id2label in both configs if only the names differ"
+            f"{short(ours)} and teacher {short(theirs)}: {way}"
         )
-    if ours.vocab_size != theirs.vocab_size:
+    sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
+    words = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    if sizes[0] != sizes[1] and not (words and None not in sizes and words <= min(sizes)):
         raise ValueError(
-            f"teacher and student must read the same tokens; got vocabularies of {theirs.vocab_size} and "
-            f"{ours.vocab_size}: take a teacher with the student's tokenizer"
+            f"teacher and student must read the same tokens; got vocabularies of {sizes[1]} and {sizes[0]}"
+            f"{f', and a tokenizer of {words}' if words else ''}: take a teacher with the student's tokenizer (which may be "
+            "padded to another size, where processing_class is given)"
         )
+
+
+def labels_of(model: PreTrainedModel) -> dict[int, str]:
+    """id2label with integer keys."""
+    return {int(k): str(v) for k, v in model.config.id2label.items()}
+
+
+def with_labels_of(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The teacher, or where its labels stand in another order a twin with the same weights that gives them in the student's."""
+    ours, theirs = (labels_of(model) for model in (student, teacher))
+    if ours == theirs:
+        return teacher
+    index = {name: i for i, name in theirs.items()}
+    order = torch.tensor([index[ours[i]] for i in sorted(ours)])
+
+    def reorder(module: torch.nn.Module, args: tuple, output: object) -> object:
+        output.logits = output.logits[..., order.to(output.logits.device)]
+        return output
+
+    twin = copy.copy(teacher)
+    twin._forward_hooks = teacher._forward_hooks.copy()
+    twin.config = copy.deepcopy(teacher.config)
+    twin.config.id2label, twin.config.label2id = ours, {name: i for i, name in ours.items()}
+    twin.register_forward_hook(reorder)
+    return twin
 
 
 def short(id2label: dict) -> str:
     """The first few labels and how many there are."""
     names = list(id2label.values())
     return f"{names[:4]}{'...' if len(names) > 4 else ''} ({len(names)})"
+
+
+def placed(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The teacher in eval mode on `device`; one that is quantised, or spread over devices, stays where it is."""
+    fixed = getattr(teacher, "is_quantized", False) or hasattr(teacher, "hf_device_map")
+    return (teacher if fixed else teacher.to(device)).eval()
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

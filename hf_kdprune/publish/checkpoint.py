@@ -29,7 +29,7 @@ from .card import write_card
 
 TOLERANCE = 1e-5
 CODE = Path(modeling_kdprune.__file__)
-TRAINED_ONLY = "kdprune_auxiliary."  # auxiliary classifiers are dropped on save
+TRAINED_ONLY = ("kdprune_auxiliary.", "kdprune_projection.")  # what trains with a model and is dropped on save
 PROBE = ".probe.safetensors"
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_kdprune.distill.auxiliary import AuxiliaryClassifiers
+from hf_kdprune.distill.head import Head, counts_of
 from hf_kdprune.distill.objective import Objective
 from hf_kdprune.layers import LayerMatch
 
@@ -27,35 +27,52 @@ def outputs():
 
 
 MATCHES = [LayerMatch(1, 1, 2 * torch.eye(8)), LayerMatch(2, 2, 4 * torch.eye(8))]
+HEAD = Head("single_label")
+
+
+def batch_of(mask):
+    return {"input_ids": torch.ones_like(mask, dtype=torch.long), "attention_mask": mask.long()}
+
+
+def features(objective, student, teacher, mask, matches=MATCHES):
+    batch = batch_of(mask)
+    return objective.features_term(student, teacher, matches, batch, counts_of(HEAD, batch))
 
 
 def test_features_are_squared_differences_over_variance_at_real_positions(outputs):
     student, teacher, mask = outputs
-    terms = Objective(WEIGHTS).taught_terms(student, teacher, MATCHES, mask)
     by_hand = [
         (student.hidden_states[i] - teacher.hidden_states[i])[mask].square().mean() / variance
         for i, variance in ((1, 2.0), (2, 4.0))
     ]
-    assert terms["features"].item() == pytest.approx(float(sum(by_hand) / 2), rel=1e-6)
+    found = features(Objective(WEIGHTS), student, teacher, mask)
+    assert found.item() == pytest.approx(float(sum(by_hand) / 2), rel=1e-6)
 
 
-@pytest.mark.parametrize("feature_loss", ["mse", "cosine"])
+@pytest.mark.parametrize("feature_loss", ["mse", "cosine", "relations", "cka"])
 def test_padding_does_not_matter(outputs, feature_loss):
     student, teacher, mask = outputs
     objective = Objective(WEIGHTS, feature_loss=feature_loss)
-    before = objective.taught_terms(student, teacher, MATCHES, mask)
+    before = features(objective, student, teacher, mask)
     student.hidden_states[1][0, 3] += 100
     teacher.hidden_states[2][0, 2] -= 100
-    after = objective.taught_terms(student, teacher, MATCHES, mask)
-    assert after["features"] == before["features"]
+    assert features(objective, student, teacher, mask) == before
 
 
-def test_terms_without_weight_are_not_computed(outputs):
+def test_a_part_is_counted_against_the_whole(outputs):
+    """Two micro-batches add up to what one batch of both gives."""
     student, teacher, mask = outputs
-    objective = Objective({**WEIGHTS, "features": 0.0})
-    student.hidden_states = None
-    assert set(objective.taught_terms(student, teacher, MATCHES, mask)) == {"logits"}
-    assert not Objective({"task": 1.0}).needs_teacher
+    batch, objective = batch_of(mask), Objective(WEIGHTS)
+    counts = {name: 2 * n for name, n in counts_of(HEAD, batch).items()}
+    half = objective.features_term(student, teacher, MATCHES, batch, counts)
+    assert half.item() == pytest.approx(features(objective, student, teacher, mask).item() / 2)
+    half = objective.logits_term(HEAD, student, teacher, batch, counts)
+    assert half.item() == pytest.approx(objective.logits_term(HEAD, student, teacher, batch, counts_of(HEAD, batch)).item() / 2)
+
+
+def test_a_term_of_weight_zero_needs_no_teacher():
+    assert not Objective({"task": 1.0}).needs_teacher and Objective({"logits": 1.0}).needs_teacher
+    assert Objective({"auxiliary": 1.0}).needs_features and not Objective({"logits": 1.0}).needs_features
 
 
 def test_total_is_the_weighted_sum():
@@ -68,21 +85,21 @@ def test_teacher_of_other_width_is_projected(outputs):
     draw = torch.Generator().manual_seed(1)
     projection = torch.randn(7, 8, generator=draw)
     wide = torch.randn(3, 4, 6, generator=draw)
-    student.hidden_states = (None, wide @ projection[:-1] + projection[-1])
-    teacher = SimpleNamespace(logits=student.logits, hidden_states=(None, wide))
+    student.hidden_states = (student.hidden_states[0], wide @ projection[:-1] + projection[-1])
+    teacher = SimpleNamespace(logits=student.logits, hidden_states=(wide, wide))
     match = [LayerMatch(1, 1, torch.eye(8), projection)]
-    assert Objective(WEIGHTS).taught_terms(student, teacher, match, mask)["features"].item() < 1e-10
+    assert features(Objective(WEIGHTS), student, teacher, mask, match).item() < 1e-10
+
+
+def test_a_vocabulary_padded_to_another_size_is_compared_where_both_have_words(outputs):
+    student, teacher, mask = outputs
+    batch, objective = batch_of(mask), Objective(WEIGHTS)
+    counts = counts_of(HEAD, batch)
+    expected = objective.logits_term(HEAD, student, teacher, batch, counts)
+    teacher.logits = torch.cat([teacher.logits, torch.full((3, 3), 9.0)], 1)
+    assert torch.equal(objective.logits_term(HEAD, student, teacher, batch, counts), expected)
 
 
 def test_judge_leaves_auxiliary_out_and_is_never_empty():
     assert not Objective({**WEIGHTS, "auxiliary": 1.0}).judge().uses("auxiliary")
     assert Objective({"task": 0.0, "auxiliary": 1.0}).judge().uses("task")
-
-
-def test_auxiliary_classifiers_read_real_positions_only(outputs):
-    student, _, mask = outputs
-    classifiers = AuxiliaryClassifiers(2, 8, 5)
-    before = classifiers(student.hidden_states[1:], mask)
-    assert before.shape == (2, 3, 5)
-    student.hidden_states[1][0, 2:] = 1e6
-    assert torch.equal(classifiers(student.hidden_states[1:], mask), before)
