@@ -100,7 +100,7 @@ def inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="free", help="free, uniform or stock (%(default)s)")
     parser.add_argument("--round-to", type=int, default=8, help="FFN widths are multiples of it (%(default)s)")
     parser.add_argument("--keep", nargs="+", default=[], help="sites, layers, or units of a site (name:0,5) that must stay")
-    parser.add_argument("--least", type=float, default=0, help="units that each site keeps, a share or a number (%(default)g)")
+    parser.add_argument("--least", type=float, help="units that each site keeps (default: none loses twice the mean share)")
 
 
 def inspect(args: argparse.Namespace) -> tuple[dict, str]:

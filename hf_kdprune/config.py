@@ -52,7 +52,10 @@ class KDPruneConfig(TrainingArguments):
     keep: list[str] = field(
         default_factory=list, metadata={"help": "Never removed: sites, layers, or units of a site (name:0,5 or name:0-3)."}
     )
-    least: float = field(default=0, metadata={"help": "Units each site keeps: a share in (0, 1), or a number."})
+    least: float | None = field(
+        default=None,
+        metadata={"help": "Units each site keeps: a share in (0, 1), or a number. None: none loses twice the mean share."},
+    )
     latency_batch: int = field(default=32, metadata={"help": "Samples of the passes that a latency budget times."})
     calibration_samples: int = field(default=1024, metadata={"help": "Training samples that rank and repair use."})
 

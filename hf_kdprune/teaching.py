@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datasets
+import torch
 from torch import Tensor
 from transformers import Trainer
 
@@ -27,7 +28,8 @@ def cached(trainer: Trainer) -> Teacher:
     args, data, asked = trainer.args, trainer.train_dataset, live(trainer)
     if isinstance(data, datasets.Dataset):
         data = trainer._remove_unused_columns(data, description="teacher cache")
-    with args.main_process_first(local=False, desc="teacher cache"):
+    # Loading data draws random numbers: a run that makes the cache must train as one that finds it.
+    with args.main_process_first(local=False, desc="teacher cache"), torch.random.fork_rng(devices=[]):
         kept, size = Kept(args.temperature, args.teacher_top_k), args.per_device_train_batch_size
         cache = cached_teacher(args.teacher_cache, trainer.teacher, data, trainer.collate, size, kept)
 

@@ -60,7 +60,9 @@ def tokenizer(tmp_path):
 def make(tmp_path, tokenizer):
     """Build a trainer; keyword arguments are the trainer's or KDPruneConfig's fields."""
 
-    def build(model=None, teacher=None, train_dataset=None, output=None, callbacks=None, metrics=accuracy, **settings):
+    def build(
+        model=None, teacher=None, train_dataset=None, output=None, callbacks=None, metrics=accuracy, loss=None, **settings
+    ):
         defaults = {
             "output_dir": str(output or tmp_path / "out"),
             "per_device_train_batch_size": 8,
@@ -80,6 +82,7 @@ def make(tmp_path, tokenizer):
             processing_class=tokenizer,
             compute_metrics=metrics,
             callbacks=callbacks,
+            compute_loss_func=loss,
         )
 
     return build

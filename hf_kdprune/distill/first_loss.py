@@ -180,7 +180,7 @@ def what_broke(terms: dict[str, Tensor], output: object, taught: object) -> str:
         named += [(name, getattr(given, name, None)) for name in ("logits", "start_logits", "end_logits")]
         wrong = [name for name, x in named if isinstance(x, Tensor) and not bool(x.isfinite().all())]
         broken += [f"the {who}'s {name}" for name in wrong[:1]]
-    losses = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
+    losses = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
     return (
         f"the first loss must be finite, got {losses}; NaN or infinite: {' and '.join(broken) or 'none of the outputs'}. The "
         "last checkpoint is whole: lower the learning rate, train in bf16 or float32, or look at the batch, and resume from it"

@@ -15,7 +15,7 @@ KEEP_RULE = (
     'keep is a list of what must stay: the name of a site ("bert.encoder.layer.0.attention"), the path of a layer '
     '("bert.encoder.layer.0"), or units of a site ("bert.encoder.layer.3.attention:0,5", ":0-3")'
 )
-LEAST_RULE = "least is what each site keeps at least: a share in (0, 1), or a whole number of units, 0 or more"
+LEAST_RULE = "least is what each site keeps at least: None, a share in (0, 1), or a whole number of units, 0 or more"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Rules:
         round_to: FFN widths become multiples of it.
         shapes: "free", "uniform" (every layer alike) or "stock" (what the model's own class can build).
         keep: Sites, layers and units that are never removed, see `KEEP_RULE`.
-        least: Units that each site keeps, as a share of them or as a number; a site of fewer keeps all.
+        least: Units that each site keeps, as a share of them or as a number; a site of fewer keeps all. None: of free shapes,
+            no site loses more than twice the share that all lose, as far as the budget allows (`Scores.trusted`).
 
     Raises:
         ValueError: One of them is none of what it may be.
@@ -48,7 +49,7 @@ class Rules:
     round_to: int = 8
     shapes: str = "free"
     keep: Sequence[str] = ()
-    least: float = 0
+    least: float | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -58,12 +59,13 @@ class Rules:
             raise ValueError(f"shapes must be one of {list(SHAPES)}, got {self.shapes!r}")
         if isinstance(self.keep, str) or not all(isinstance(entry, str) for entry in self.keep):
             raise ValueError(f"{KEEP_RULE}; got {self.keep!r}: give a list of texts")
-        if not (0 <= self.least < 1 or (self.least >= 1 and float(self.least).is_integer())):
+        least = self.least or 0
+        if not (0 <= least < 1 or (least >= 1 and float(least).is_integer())):
             raise ValueError(f"{LEAST_RULE}; got {self.least!r}")
 
     def __str__(self) -> str:
         """What is asked, for a message."""
-        said = [f"keep={list(self.keep)}"] * bool(self.keep) + [f"least={self.least:g}"] * bool(self.least)
+        said = [f"keep={list(self.keep)}"] * bool(self.keep) + ([f"least={self.least:g}"] if self.least else [])
         said += [f"shapes={self.shapes!r}"] * (self.shapes != "free")
         return ", ".join([*said, f"round_to={self.round_to}"])
 
@@ -88,7 +90,8 @@ class Rules:
 
     def fewest_of(self, site: Site) -> int:
         """Units that one site keeps whatever the keep-list says: what its block needs, and `least`."""
-        asked = math.ceil(self.least * site.total - 1e-9) if self.least < 1 else int(self.least)
+        least = self.least or 0
+        asked = math.ceil(least * site.total - 1e-9) if least < 1 else int(least)
         return min(max(site.least, asked), site.total)
 
     def narrowest(self, site: Site, floor: int) -> int:

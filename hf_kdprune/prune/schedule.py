@@ -39,7 +39,7 @@ class Pruning:
         shapes: "free", "uniform" or "stock".
         seed: Of the probe.
         keep: What is never removed, see `rules.KEEP_RULE`.
-        least: Units that each site keeps, as a share or a number.
+        least: Units that each site keeps, as a share or a number; None: see `Scores.trusted`.
         latency_batch: Samples of the passes that a latency budget times.
     """
 
@@ -50,7 +50,7 @@ class Pruning:
     shapes: str = "free"
     seed: int = 0
     keep: Sequence[str] = ()
-    least: float = 0
+    least: float | None = None
     latency_batch: int = 32
 
     def rules(self) -> Rules:

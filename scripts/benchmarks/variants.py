@@ -1,4 +1,5 @@
-"""Variants of the second loss that were tried for the ranking: which layers count, in which directions, over what.
+"""Variants of the second loss that were tried for the ranking: which layers count, in which directions, over what, and
+whether a site may lose much more than the others.
 
     python scripts/benchmarks/variants.py sst2 --budgets macs=0.4 macs=0.25 macs=0.15     # 10 minutes on 2 cores
     python scripts/benchmarks/variants.py smollm2 --budgets params=0.8 --samples 384      # perplexity, no repair
@@ -29,15 +30,16 @@ from hf_kdprune.prune.importance.feature_loss import Features, covariances
 from hf_kdprune.prune.importance.probe import derivatives
 
 RUNS = Path("docs") / "variants.jsonl"
-VARIANTS = {  # name -> (share of the last layer, power of the covariance, over the root mean square of each position)
-    "half in the last layer (default)": (0.5, 0.5, True),
-    "all layers alike": (None, 0.5, True),
-    "all layers alike, positions as they are": (None, 0.5, False),
-    "last layer only": (1.0, 0.5, True),
-    "last layer only, half power": (1.0, 0.25, True),
-    "last layer only, every direction alike": (1.0, 0.0, True),
-    "half in the last layer, half power": (0.5, 0.25, True),
-    "all layers alike, every direction alike": (None, 0.0, True),
+VARIANTS = {  # name -> (share of the last layer, power of the covariance, over the root mean square of each position, least)
+    "half in the last layer (default)": (0.5, 0.5, True, None),
+    "half in the last layer, a site may lose all": (0.5, 0.5, True, 0),
+    "all layers alike": (None, 0.5, True, None),
+    "all layers alike, positions as they are": (None, 0.5, False, None),
+    "last layer only": (1.0, 0.5, True, None),
+    "last layer only, half power": (1.0, 0.25, True, None),
+    "last layer only, every direction alike": (1.0, 0.0, True, None),
+    "half in the last layer, half power": (0.5, 0.25, True, None),
+    "all layers alike, every direction alike": (None, 0.0, True, None),
 }
 
 
@@ -62,7 +64,7 @@ def main() -> None:
                 scores = scored(model, batches, name, seed)
                 for budget in args.budgets:
                     smaller = copy.deepcopy(model)
-                    apply_plan(smaller, scores.plan(budget), batches[0])
+                    apply_plan(smaller, scores.plan(budget, least=VARIANTS[name][-1]), batches[0])
                     if task != "smollm2":
                         repair(smaller, model, batches)
                     record({"task": task, "method": name, "seed": seed, "budget": budget, **judge(smaller)}, RUNS)
@@ -71,7 +73,7 @@ def main() -> None:
 
 def scored(model: PreTrainedModel, batches: list[dict[str, Tensor]], name: str, seed: int) -> Scores:
     """Rank under one variant."""
-    last, power, by_position = VARIANTS[name]
+    last, power, by_position, _ = VARIANTS[name]
     sites = find_sites(model, batches[0], mean_length(batches))
     matches = [m for m in match_layers(model, None, batches) if m.student > 0]
     others = len(matches) - 1

@@ -117,7 +117,7 @@ def test_a_price_in_macs_depends_on_the_length(tiny):
         sites = find_sites(model, seq_len=seq_len)
         worth = {s.name: torch.full((s.total,), 1.0 if s.kind == "attention" else 0.1).double() for s in sites}
         values = {name: w + 1e-3 * torch.rand(len(w), dtype=torch.float64) for name, w in worth.items()}
-        plan = Scores(sites, values, {}, "by hand").plan("macs=0.9")
+        plan = Scores(sites, values, {}, "by hand").plan("macs=0.9", least=0)
         assert all(not site.removed for site in plan.sites if site.kind == spared)
         assert plan.budget["seq_len"] == seq_len
 
@@ -288,3 +288,23 @@ def test_scores_alone_cannot_bound_a_loss(scored, text):
 def test_scores_alone_know_no_latency(scored):
     with pytest.raises(ValueError, match=r"scores\.latency = time_sites\(model, batch, scores\.sites\)"):
         scored().plan("latency=0.6")
+
+
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.6])
+def test_no_site_loses_more_than_twice_the_share_of_all(scored, share):
+    scores = scored(0)
+    name = scores.sites[-1].name
+    scores.values[name] *= 1e-9  # a site that would go whole
+    free, trusted = (scores.plan(f"macs={share}", round_to=1, least=least) for least in (0, None))
+    lost = {site.name: len(site.removed) / site.total for site in trusted.sites}
+    everything = sum(scores.sites.macs() - scores.sites.macs({s.name: 0}) for s in scores.sites)
+    mean = (1 - share) * scores.sites.macs() / everything
+    widest = max(1 / site.total for site in scores.sites)
+    assert len(free.kept[name]) < len(trusted.kept[name])
+    assert max(lost.values()) <= 2 * mean * 1.25 + widest
+    assert trusted.budget["reached"] <= share
+
+
+def test_half_the_model_and_less_is_taken_as_the_scores_say(scored):
+    scores = scored(1)
+    assert scores.plan("macs=0.4").kept == scores.plan("macs=0.4", least=0).kept
