@@ -20,17 +20,15 @@ def log_of(trainer):
 
 
 def test_a_cached_teacher_teaches_what_the_live_one_does(make, tmp_path):  # noqa: F811
-    live, first, second = (
-        make(teacher=tiny_bert(seed=1, spread=0.2), output=tmp_path / name, **NO_FEATURES, **settings)
-        for name, settings in (("live", {}), ("first", CACHED(tmp_path)), ("second", CACHED(tmp_path)))
-    )
-    live.train()
-    first.train()
-    assert log_of(first) == pytest.approx(log_of(live), rel=1e-4) and len(log_of(live)) == 4
-    asked = []
-    second.teacher.register_forward_hook(lambda *_: asked.append(second.model.training))
-    second.train()
-    assert log_of(second) == log_of(first)
+    logs, asked = {}, []
+    for name, settings in (("live", {}), ("first", CACHED(tmp_path)), ("second", CACHED(tmp_path))):
+        trainer = make(teacher=tiny_bert(seed=1, spread=0.2), output=tmp_path / name, **NO_FEATURES, **settings)
+        if name == "second":
+            trainer.teacher.register_forward_hook(lambda *_, model=trainer.model: asked.append(model.training))
+        trainer.train()
+        logs[name] = log_of(trainer)
+    assert logs["first"] == pytest.approx(logs["live"], rel=1e-4) and len(logs["live"]) == 4
+    assert logs["second"] == logs["first"]
     assert asked and not any(asked)  # it ranks and judges, and is not asked while the student trains
 
 
