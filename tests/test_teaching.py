@@ -24,7 +24,7 @@ def test_a_cached_teacher_teaches_what_the_live_one_does(make, tmp_path):  # noq
     for name, settings in (("live", {}), ("first", CACHED(tmp_path)), ("second", CACHED(tmp_path))):
         trainer = make(teacher=tiny_bert(seed=1, spread=0.2), output=tmp_path / name, **NO_FEATURES, **settings)
         if name == "second":
-            trainer.teacher.register_forward_hook(lambda *_, model=trainer.model: asked.append(model.training))
+            trainer.teacher.register_forward_hook(lambda *_, trainer=trainer: asked.append(trainer.is_in_train))
         trainer.train()
         logs[name] = log_of(trainer)
     assert logs["first"] == pytest.approx(logs["live"], rel=1e-4) and len(logs["live"]) == 4
