@@ -118,3 +118,31 @@ def test_the_user_s_own_loss_and_smoothed_labels_are_the_task(make):  # noqa: F8
     trainer.train()
     (smoothed,) = [e["loss_task"] for e in trainer.state.log_history if "loss_task" in e]
     assert smoothed != pytest.approx(found["own"][0], rel=1e-5) and smoothed == pytest.approx(found["own"][0], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bf16": True, "use_cpu": True}, {"train_sampling_strategy": "group_by_length"}],
+    ids=["less memory", "bf16", "lengths"],
+)
+def test_what_a_trainer_can_do_beside_stays(make, settings):  # noqa: F811
+    student = tiny_bert()
+    if not settings:
+        newer = getattr(student, "activation_checkpointing_enable", None)  # its name in transformers of today
+        (newer or student.gradient_checkpointing_enable)()
+    trainer = make(model=student, max_steps=2, logging_steps=1, auxiliary_weight=1.0, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
+
+
+def test_a_student_with_adapters_learns(make, lora):  # noqa: F811
+    student = lora(tiny_bert())
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    trainer = make(model=student, max_steps=2, logging_steps=1, learning_rate=1e-2)
+    trainer.prune()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert trainer.recovery["kept"] == "before" or (moved and moved <= trained)
+    assert all(entry["loss_features"] > 0 for entry in trainer.state.log_history if "loss_features" in entry)
