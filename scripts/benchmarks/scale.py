@@ -111,10 +111,14 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(MEASURED), choices=list(SIZES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", choices=list(SIZES), help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="write the table again, run nothing")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure_one(args.one, args.device)))
+        return
+    if args.table:
+        (args.output / "scale.md").write_text(report(json.loads((args.output / "scale.json").read_text())["runs"]))
         return
     runs = []
     for size in args.sizes:
@@ -148,9 +152,20 @@ def report(runs: list[dict]) -> str:
         weights, p = block_params(size) * 4 / 2**30, SIZES[size][4]
         lines.append(
             f"- {size}: rank {rank / 60:,.0f} min, repair {fix / 60:,.0f} min here; weights {weights:.1f} GiB in fp32, "
-            f"{weights / 2:.1f} in bf16; one p x p matrix in fp64 {p * p * 8 / 2**30:.2f} GiB."
+            f"{weights / 2:.1f} in bf16; one p x p matrix in fp64 {p * p * 8 / 2**30:.2f} GiB. {fits(weights / 2, p * p * 8 / 2**30)}"
         )
     return "\n".join(lines) + "\n"
+
+
+def fits(weights: float, matrix: float) -> str:
+    """Whether ranking, with one copy of the blocks in bf16, and repair, with two, fit on a card of 24 GB beside a matrix."""
+    card, said = 24e9 / 2**30, []
+    for step, copies in (("ranking", 1), ("repair, which keeps the model of before", 2)):
+        needed = copies * weights + matrix
+        said.append(
+            f"{step}: {needed:.1f} GiB in bf16 before activations, of {card:.1f}{'' if needed < card else ': does not fit'}"
+        )
+    return "; ".join(said) + "."
 
 
 if __name__ == "__main__":
