@@ -150,9 +150,10 @@ def report(runs: list[dict]) -> str:
         work = block_params(size) * 262144
         rank, fix = (statistics.median(slopes[step]) * work for step in ("rank", "repair"))
         weights, p = block_params(size) * 4 / 2**30, SIZES[size][4]
+        matrix = p * p * 8 / 2**30
         lines.append(
             f"- {size}: rank {rank / 60:,.0f} min, repair {fix / 60:,.0f} min here; weights {weights:.1f} GiB in fp32, "
-            f"{weights / 2:.1f} in bf16; one p x p matrix in fp64 {p * p * 8 / 2**30:.2f} GiB. {fits(weights / 2, p * p * 8 / 2**30)}"
+            f"{weights / 2:.1f} in bf16; one p x p matrix in fp64 {matrix:.2f} GiB. {fits(weights / 2, matrix)}"
         )
     return "\n".join(lines) + "\n"
 
