@@ -90,8 +90,7 @@ class KDPruneTrainer(Trainer):
 
     def _begin(self, held_out: object) -> None:
         """Draw the samples that judge and rank, and check them against model, teacher and budget."""
-        args = self.args
-        self.objective = args.objective()
+        args, self.objective = self.args, self.args.objective()
         self.plan: Plan | None = None
         self.matches: list[LayerMatch] = []
         self.repairs: list[SiteRepair] = []
@@ -106,7 +105,7 @@ class KDPruneTrainer(Trainer):
         check_labels(self.calibration[0], args)
         check_budget(self.model, self.calibration, args.pruning())
         head = check_lesson(self.model, self.teacher, self.calibration[0], self.objective, args.layer_map)
-        self.lesson = FirstLoss(head, self._task, self.compute_loss_func is not None)
+        self.lesson = FirstLoss(head, self._task, self.compute_loss_func is not None, live(self))
 
     def batches_of(self, dataset: object) -> list[Batch]:
         """All of a small data set, collated as for training, the same on every rank."""
@@ -184,9 +183,9 @@ class KDPruneTrainer(Trainer):
         finally:
             trained_only.detach(self.model)
         after = self.held_out_loss()
-        if not (better := after < before):
+        self.recovery = {"held_out_before": before, "held_out_after": after, "kept": "after" if after < before else "before"}
+        if not after < before:
             self.model.load_state_dict(weights)
-        self.recovery = {"held_out_before": before, "held_out_after": after, "kept": "after" if better else "before"}
         self._metrics.pop("compact", None)
         return output
 
@@ -207,7 +206,7 @@ class KDPruneTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: object, num_batches: int, device: torch.device) -> tuple[list, dict | None]:
         """The micro-batches of a step, and how many items each term has in all of them on all ranks."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = super().get_batch_samples(epoch_iterator, num_batches, device)[0]
         return batches, self.lesson.count(self.model, batches, self.accelerator) if batches else None
 
     def _task(self, model: PreTrainedModel, inputs: Batch, counts: dict) -> tuple[Tensor, object]:
@@ -229,8 +228,9 @@ class KDPruneTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> object:
-        """As Trainer's; with evaluate_terms the metrics hold each term of the first loss: eval_loss_task, and so on."""
-        self.lesson.evaluated = [] if self.args.evaluate_terms and metric_key_prefix.startswith("eval") else None
+        """As Trainer's; with evaluate_terms the metrics hold each term: eval_loss_task, and so on."""
+        asked = self.args.evaluate_terms and self.plan and metric_key_prefix.startswith("eval")  # before, nobody teaches
+        self.lesson.evaluated = [] if asked else None
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update({f"{metric_key_prefix}_loss_{name}": v for name, v in self.lesson.means().items()})
         return output

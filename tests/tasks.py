@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hf_kdprune import KDPruneConfig, KDPruneTrainer
 from hf_kdprune.distill import trained_only
-from hf_kdprune.teaching import live
 
 NO_DROPOUT = {  # name -> fields that switch off what is random in training
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -82,7 +81,6 @@ def trainer_of(task: str, folder: Path, **settings: object) -> KDPruneTrainer:
         data_collator=collate,
     )
     trainer.prune()
-    trainer.lesson.teach = live(trainer)
     trained_only.attach(trainer.model, trainer.teacher, trainer.calibration, trainer.lesson, trainer.objective)
     return trainer
 
