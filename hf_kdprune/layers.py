@@ -48,7 +48,12 @@ class LayerMatch:
 
 def inputs_of(batch: Batch) -> Batch:
     """The batch less its labels."""
-    return {k: v for k, v in batch.items() if k not in (*LABELS, FRAMES)}
+    return {k: v for k, v in known(batch).items() if k not in LABELS}
+
+
+def known(batch: Batch) -> Batch:
+    """The batch less what this package put there, which models do not know."""
+    return {k: v for k, v in batch.items() if k != FRAMES}
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:

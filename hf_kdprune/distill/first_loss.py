@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..inputs import completed
 from ..layer_map import layer_pairs
-from ..layers import FRAMES, LayerMatch, evaluating, inputs_of, positions_of, stacks_of, states_of
+from ..layers import LayerMatch, evaluating, inputs_of, known, positions_of, stacks_of, states_of
 from . import auxiliary, projection
 from .head import ONE, Head, check_head, counts_of, head_of, span_loss, total_of
 from .objective import Counts, Objective
@@ -78,7 +78,7 @@ class FirstLoss:
         """
         batch = completed(plain, batch)
         rows, batch = batch.get(ROW), {k: v for k, v in batch.items() if k != ROW}
-        asked = {k: v for k, v in batch.items() if k != FRAMES} | {"output_hidden_states": objective.needs_features}
+        asked = {**known(batch), "output_hidden_states": objective.needs_features}
         terms, taught = {}, None
         if objective.uses("task"):
             terms["task"], output = self.task_term(model, asked, batch, counts)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..inputs import completed
 from ..layers import TOKENS_PER_COLUMN, count_real, evaluating, positions_of, root_mean_square
 from .discovery import find_sites
 from .experts import READ
@@ -71,6 +72,7 @@ def repair(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[B
     """
     if len(batches) < 2:
         raise ValueError(f"repair needs at least 2 calibration batches, one to judge the other, got {len(batches)}")
+    batches = [completed(teacher, batch) for batch in batches]
     sites = find_sites(teacher, batches[0])
     check_shapes(model, sites)
     warn_of_few(model, sites, batches)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from families import build as family
 
 from hf_kdprune import find_sites, gated, score_units
 from hf_kdprune.layers import hidden_states, match_layers
@@ -336,3 +337,15 @@ def test_what_is_no_loss_predicts_none(tiny, ragged):
     model, batches = tiny(), ragged(2, 4)
     assert site_losses(model, None, batches, score_units(model, None, batches, "magnitude").plan("macs=0.5")) == {}
     assert site_losses(model, None, batches, score_units(model, None, batches).plan("macs=1")) == {}
+
+
+@pytest.mark.parametrize("importance", ["feature_loss", "taylor"])
+def test_padded_audio_and_labels_of_a_decoder_are_understood(importance):
+    """By hand, without a Trainer: which frames are padding, and what the decoder reads, follow from the batch."""
+    speech, masks = family("wav2vec2", feat_extract_norm="layer"), torch.ones(4, 96, dtype=torch.long)
+    masks[2:, 48:] = 0
+    audio = {"input_values": torch.randn(4, 96) * masks, "attention_mask": masks, "labels": torch.tensor([[4, 5]] * 4)}
+    text = {"input_ids": torch.randint(5, 200, (4, 6)), "labels": torch.randint(5, 200, (4, 3))}
+    for model, batch in ((speech, audio), (family("t5"), text)):
+        scores = score_units(model, None, [batch] * 2, importance)
+        assert all(bool((values != values[0]).any()) for values in scores.values.values() if len(values) > 1)

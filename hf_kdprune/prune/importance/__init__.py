@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...inputs import completed
 from ...layers import LayerMatch, real_positions
 from ..allocation import Scores
 from ..discovery import find_sites
@@ -68,6 +69,7 @@ def score_units(
             f"calibration inputs must have positions that are no padding; all of the {len(batches)} batches are padded "
             "throughout: look at their attention_mask"
         )
+    batches = [completed(model, batch) for batch in batches]
     sites = find_sites(model, batches[0], mean_length(batches))
     other = None if teacher is model else teacher
     values, errors = IMPORTANCE[importance](model, other, batches, Asked(sites, matches, seed))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...layers import evaluating, inputs_of
+from ...layers import evaluating, inputs_of, known
 from ..experts import readable_experts
 from ..sites import Site, Sites
 
@@ -80,7 +80,7 @@ def derivatives(
     sums: list[Sums] = []
     with still(model), gate_inputs(model, sites) as inputs:
         for batch in tqdm(batches, desc="rank", unit="batch", disable=None, leave=False):  # None: on a terminal only
-            output = model(**(batch if labels else inputs_of(batch)), output_hidden_states=features)
+            output = model(**(known(batch) if labels else inputs_of(batch)), output_hidden_states=features)
             asked, size = watch(output, batch), len(next(iter(batch.values())))
             sums = sums or [Sums(sites) for _ in asked]
             for i, (mine, (outputs, weights)) in enumerate(zip(sums, asked, strict=True)):
