@@ -7,6 +7,7 @@ import pytest
 import torch
 from tasks import collate, rows_of, trainer_of
 from test_trainer import make, rows, tiny_bert, tokenizer  # noqa: F401  (fixtures)
+from transformers import TrainerCallback
 
 from hf_kdprune.distill.teacher import with_labels_of
 
@@ -146,3 +147,15 @@ def test_a_student_with_adapters_learns(make, lora):  # noqa: F811
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert trainer.recovery["kept"] == "before" or (moved and moved <= trained)
     assert all(entry["loss_features"] > 0 for entry in trainer.state.log_history if "loss_features" in entry)
+
+
+def test_a_model_that_training_broke_is_taken_back(make, caplog):  # noqa: F811
+    class Break(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **rest):
+            with torch.no_grad():
+                model.classifier.weight.fill_(float("nan"))
+
+    trainer = make(max_steps=1, callbacks=[Break()])
+    trainer.train()
+    assert trainer.recovery["kept"] == "before" and "cannot be judged" in caplog.text
+    assert bool(trainer.model.classifier.weight.isfinite().all())

@@ -7,6 +7,8 @@ rows are ragged.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +26,7 @@ from .objective import Counts, Objective
 from .rows import ROW
 from .teacher import ask
 
+logger = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 Task = Callable[[nn.Module, Batch, Counts], tuple[Tensor, object]]  # the loss of a batch, and the model's output
 Teacher = Callable[[Batch, Tensor | None, bool], object]
@@ -128,9 +131,13 @@ class FirstLoss:
 
     @torch.no_grad()
     def whole(self, model: PreTrainedModel, batches: Sequence[Batch], objective: Objective) -> float:
-        """`objective` on all of these batches, without a gradient."""
+        """`objective` on all of these batches, without a gradient; NaN, with a warning, where it is not finite."""
         counts = self.count(model, batches)
-        return sum(float(objective.total(self.terms(model, model, batch, objective, counts)[0])) for batch in batches)
+        try:
+            return sum(float(objective.total(self.terms(model, model, batch, objective, counts)[0])) for batch in batches)
+        except FloatingPointError as error:
+            logger.warning(f"the model cannot be judged, so it is no better than another: {error}")
+            return math.nan
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, plain: PreTrainedModel, batch: Batch, objective: Objective) -> None:
