@@ -164,7 +164,7 @@ class Scores:
         most = whole - WHOLE[limit.counts](self.sites, lowest)
         lost = TRUST * (whole - limit.allowed(self.sites)) / most if most > 0 and rules.least is None else 1.0
         while 0 < lost < 1:
-            floors = {s.name: max(bounds.floors[s.name], int(s.total * (1 - lost) + 1e-9)) for s in self.sites}
+            floors = {s.name: max(bounds.floors[s.name], rules.below(s, s.total * (1 - lost))) for s in self.sites}
             kept = {s.name: rules.narrowest(s, floors[s.name]) for s in self.sites if s.name in lowest}
             if WHOLE[limit.counts](self.sites, kept) <= limit.allowed(self.sites):
                 return Bounds(bounds.protected, floors)

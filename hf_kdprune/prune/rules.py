@@ -99,6 +99,11 @@ class Rules:
         step = self.round_to if site.kind == "ffn" else 1
         return min(-(-floor // step) * step, site.total)
 
+    def below(self, site: Site, units: float) -> int:
+        """The largest number of units, `units` or fewer, that a site may have with `round_to`."""
+        step = self.round_to if site.kind == "ffn" else 1
+        return int(units / step + 1e-9) * step
+
 
 def read_entry(entry: str, sites: Sites) -> list[tuple[Site, list[int]]]:
     """The sites that one entry of a keep-list names, and the units of each; no units: all of them."""
