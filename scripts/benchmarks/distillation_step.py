@@ -22,7 +22,7 @@ import torch
 import transformers
 from teachers import teacher
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_kdprune import KDPruneConfig, KDPruneTrainer
 from hf_kdprune.demo.run import freeze_embeddings, say
@@ -64,6 +64,16 @@ def main() -> None:
     say(json.dumps(found))
 
 
+def floor(student: PreTrainedModel, whole: PreTrainedModel, batches: list[Batch]) -> None:
+    """One pass of the teacher, and one step of the student with its own loss."""
+    student.train()
+    for batch in batches:
+        with torch.no_grad():
+            whole(**{k: v for k, v in batch.items() if k != "labels"})
+        student(**batch).loss.backward()
+        student.zero_grad()
+
+
 def steps_of(task: str, folder: str, count: int) -> dict[str, Callable[[], None]]:
     """By name, what runs `count` steps of a kind on the same batches."""
     model, tokenizer, train, _ = teacher(task)
@@ -76,14 +86,6 @@ def steps_of(task: str, folder: str, count: int) -> dict[str, Callable[[], None]
     plain = [{k: v for k, v in batch.items() if k != "kdprune_row"} for batch in batches]
     stock = Trainer(student, TrainingArguments(f"{folder}/stock", **COMMON), train_dataset=train, processing_class=tokenizer)
     from_disk, objective = cached(trainer), trainer.objective
-
-    def floor() -> None:
-        student.train()
-        for batch in plain:
-            with torch.no_grad():
-                whole(**{k: v for k, v in batch.items() if k != "labels"})
-            student(**batch).loss.backward()
-            student.zero_grad()
 
     def ours(features: float, given: list[Batch]) -> None:
         trainer.lesson.teach = live(trainer) if features else from_disk
@@ -101,7 +103,7 @@ def steps_of(task: str, folder: str, count: int) -> dict[str, Callable[[], None]
 
     stock.current_gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = 1
     return {
-        "floor": floor,
+        "floor": lambda: floor(student, whole, plain),
         "live teacher": lambda: ours(1.0, plain),
         "cached teacher": lambda: ours(0.0, batches),
         "stock Trainer": stocks,
