@@ -145,7 +145,7 @@ class Scores:
 
     def bundles(self, site: Site, limit: Limit, rules: Rules, bounds: Bounds) -> list[Bundle]:
         """The site's units that may go, cheapest first, in steps that keep its width a multiple of `round_to`."""
-        step = rules.round_to if site.kind == "ffn" else 1
+        step = rules.step(site)
         scores = self.values[site.name][self.order(site, bounds)].tolist()
         first = site.total % step or step
         edges = [0, *range(first, site.total - bounds.floors[site.name] + 1, step)]

@@ -94,15 +94,17 @@ class Rules:
         asked = math.ceil(least * site.total - 1e-9) if least < 1 else int(least)
         return min(max(site.least, asked), site.total)
 
+    def step(self, site: Site) -> int:
+        """Units that go from a site together."""
+        return self.round_to if site.kind == "ffn" else 1
+
     def narrowest(self, site: Site, floor: int) -> int:
         """The least number of units, `floor` or more, that a site may have with `round_to`."""
-        step = self.round_to if site.kind == "ffn" else 1
-        return min(-(-floor // step) * step, site.total)
+        return min(-(-floor // self.step(site)) * self.step(site), site.total)
 
     def below(self, site: Site, units: float) -> int:
         """The largest number of units, `units` or fewer, that a site may have with `round_to`."""
-        step = self.round_to if site.kind == "ffn" else 1
-        return int(units / step + 1e-9) * step
+        return int(units / self.step(site) + 1e-9) * self.step(site)
 
 
 def read_entry(entry: str, sites: Sites) -> list[tuple[Site, list[int]]]:
