@@ -46,7 +46,8 @@ class KDPruneConfig(TrainingArguments):
     budget: str = field(default="macs=0.5", metadata={"help": "macs=, params=, latency=, heads=..,ffn=.., loss="})
     importance: str = field(default="feature_loss", metadata={"help": "The score that ranks units."})
     repair: bool = field(default=True, metadata={"help": "Refit output projections in closed form after surgery."})
-    schedule: str = field(default="one_shot", metadata={"help": "one_shot."})
+    schedule: str = field(default="one_shot", metadata={"help": "one_shot, or gradual: in stages, with training between them."})
+    pruning_stages: int = field(default=4, metadata={"help": "Stages of the gradual schedule."})
     shapes: str = field(default="free", metadata={"help": "free, uniform (all layers alike), or stock (no custom code)."})
     round_to: int = field(default=8, metadata={"help": "FFN widths are multiples of it (1: any)."})
     keep: list[str] = field(
@@ -67,7 +68,7 @@ class KDPruneConfig(TrainingArguments):
         self.objective()
         self.pruning().rules()  # raises where they are none
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {list(SCHEDULES)} in this version, got {self.schedule!r}")
+            raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {self.schedule!r}")
         if self.teacher_cache and self.features_weight:
             raise ValueError(
                 f"teacher_cache holds the teacher's logits and not its features; got features_weight={self.features_weight}: "
@@ -78,7 +79,7 @@ class KDPruneConfig(TrainingArguments):
                 f"teacher_top_k is a number of classes, 1 or more, that teacher_cache keeps; got {self.teacher_top_k} with "
                 f"teacher_cache={self.teacher_cache!r}"
             )
-        for name, least in (("latency_batch", 1), ("calibration_samples", 2)):
+        for name, least in (("latency_batch", 1), ("calibration_samples", 2), ("pruning_stages", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 

@@ -40,8 +40,9 @@ def measured_on(trainer: Trainer, model: PreTrainedModel, name: str, dataset: ob
     return found
 
 
-def check_metric(budget: Budget, trainer: Trainer) -> None:
-    """Raise if `budget` bounds a metric and the trainer has none."""
+def check_metric(trainer: Trainer) -> None:
+    """Raise if the budget bounds a metric and the trainer has none."""
+    budget = Budget.parse(trainer.args.budget)
     if budget.limits[0].unit == "%" and trainer.compute_metrics is None:
         raise ValueError(
             f"budget {budget.asked!r} bounds a metric, and compute_metrics is None: give compute_metrics=, or bound the "

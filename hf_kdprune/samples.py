@@ -9,7 +9,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from .config import KDPruneConfig
+from .distill.rows import with_rows
 from .layers import LABELS
+from .prune.budget import Budget
 
 HELD_OUT = 512  # training samples, at most a tenth, that judge whether recovery made the model better
 JUDGING = 2048  # the same, that judge how small the model may be under a budget of "loss="
@@ -47,6 +49,22 @@ def check_labels(batch: dict, args: KDPruneConfig) -> None:
             f"train_dataset has {sorted(batch)}: name the label column 'labels', give a data_collator that makes labels, or "
             "set both weights to 0 to learn from the teacher"
         )
+
+
+def divided(dataset: object, args: KDPruneConfig) -> tuple[object, object, object | None]:
+    """What trains, ranks and repairs; what judges the training; what judges a budget of "loss=" (None for others).
+
+    Raises:
+        ValueError: It cannot be drawn from.
+    """
+    check_dataset(dataset)
+    if args.teacher_cache:
+        dataset = with_rows(dataset)
+    held_out, dataset = split(dataset, held_out_size(dataset), args.seed)
+    if Budget.parse(args.budget).counts != "loss":
+        return dataset, held_out, None
+    judging, dataset = split(dataset, held_out_size(dataset, JUDGING), args.seed)
+    return dataset, held_out, judging
 
 
 def split(dataset: object, count: int, seed: int) -> tuple[object, object]:

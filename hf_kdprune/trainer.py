@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
 from pathlib import Path
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
+from . import training
 from .config import KDPruneConfig
 from .distill import trained_only
 from .distill.first_loss import FirstLoss, check_lesson
-from .distill.rows import ROW, CollateWithRows, with_rows
-from .distill.teacher import check_teacher, frozen_copy, placed, with_labels_of
+from .distill.rows import ROW, CollateWithRows
+from .distill.teacher import check_teacher, placed, with_labels_of
 from .inputs import completed
 from .layers import LayerMatch, match_layers
-from .metrics import check_metric, judge_of, measured_on, report_of
-from .prune.budget import Budget
+from .metrics import check_metric, report_of
 from .prune.discovery import find_sites
 from .prune.repair import SiteRepair
-from .prune.schedule import check_budget, one_shot, realise, report_losses, restate
+from .prune.schedule import check_budget, restate
 from .prune.sites import Plan
 from .publish import hub
-from .publish.checkpoint import check_writable, last_checkpoint, save_pretrained
-from .samples import JUDGING, by_length, check_dataset, check_labels, held_out_size, split
-from .teaching import cached, live
+from .publish.checkpoint import check_writable, save_pretrained
+from .publish.checkpoint import last_checkpoint as last_whole
+from .resume import restore, save_state, whole_or_gone
+from .samples import by_length, check_labels, divided, split
+from .teaching import live
 
 Batch = dict[str, Tensor]
 
@@ -75,15 +76,9 @@ class KDPruneTrainer(Trainer):
         if teacher is not None:
             check_teacher(model, teacher, args.remap_labels, trainer.get("processing_class"))
             teacher = with_labels_of(model, teacher)
-        check_dataset(train_dataset)
-        if args.teacher_cache:
-            train_dataset = with_rows(train_dataset)
-        held_out, train_dataset = split(train_dataset, held_out_size(train_dataset), args.seed)
-        budget, self._judging = Budget.parse(args.budget), None
-        if budget.counts == "loss":
-            self._judging, train_dataset = split(train_dataset, held_out_size(train_dataset, JUDGING), args.seed)
+        train_dataset, held_out, self._judging = divided(train_dataset, args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer)
-        check_metric(budget, self)
+        check_metric(self)
         self.model_accepts_loss_kwargs = False  # so that the Trainer hands no global count to a mean
         self.teacher = None if teacher is None else placed(teacher, args.device)
         self._begin(held_out)
@@ -106,6 +101,8 @@ class KDPruneTrainer(Trainer):
         check_budget(self.model, self.calibration, args.pruning())
         head = check_lesson(self.model, self.teacher, self.calibration[0], self.objective, args.layer_map)
         self.lesson = FirstLoss(head, self._task, self.compute_loss_func is not None, live(self))
+        self.add_callback(training.StageEnd(self))
+        training.check_schedule(self)
 
     def batches_of(self, dataset: object) -> list[Batch]:
         """All of a small data set, collated as for training, the same on every rank."""
@@ -133,13 +130,10 @@ class KDPruneTrainer(Trainer):
         """
         if self.plan is not None:
             raise ValueError("the model was pruned already: save it, load it, and give it to a new KDPruneTrainer")
-        data, budget = self.calibration, Budget.parse(self.args.budget)
-        self.matches = match_layers(self.model, self.teacher, data, self.args.layer_map)
-        plan = one_shot(self.model, self.teacher, data, self.matches, self.args.pruning(), judge_of(self, self._judging))
-        return broadcast_object_list([plan])[0] if budget.measured else plan  # ranks may measure other figures
+        return training.first_plan(self, self.args.pruning())
 
     def prune(self, plan: Plan | None = None) -> Plan:
-        """Rank, plan, surgery, repair; no training. The model is smaller afterwards.
+        """Rank, plan, surgery, repair, for the whole budget at once; no training. The model is smaller afterwards.
 
         Args:
             plan: One that was made for this model, to be replayed; None: rank the units and make one.
@@ -148,45 +142,37 @@ class KDPruneTrainer(Trainer):
             ValueError: It was done already, or the plan is for another model.
             RuntimeError: The smaller model would not equal the gated one, or two ranks made different plans.
         """
-        data = self.calibration
         if plan is None or self.plan is not None:
             plan = self.propose()
         else:
-            restate(plan, self.model, data[0])
-            self.matches = match_layers(self.model, self.teacher, data, self.args.layer_map)
-        if any(kept != plan.kept for kept in gather_object([plan.kept])):
-            raise RuntimeError("the ranks made different plans: give them the same data, device and seed")
-        original = frozen_copy(self.model)
-        self.repairs = realise(self.model, original, data, plan, self.args.pruning())
-        report_losses(self.repairs, original, self.teacher, data, plan, self.matches)
-        self.teacher, self.plan, self.lesson.matches = self.teacher or original, plan, self.matches
+            restate(plan, self.model, self.calibration[0])
+            self.matches = match_layers(self.model, self.teacher, self.calibration, self.args.layer_map)
+        self.course = training.at_once(self)
+        training.cut(self, plan)
         return plan
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **trainer: object) -> object:
-        """Prune if that was not done, then train with the first loss; the better of before and after is kept.
+        """Prune if that was not done, at once or in stages, and train with the first loss; recovery that does harm is undone.
 
         Args:
-            resume_from_checkpoint: A training checkpoint, or True for the last one in the output directory.
+            resume_from_checkpoint: A training checkpoint, or True for the last whole one in the output directory.
             **trainer: What Trainer.train takes.
+
+        Raises:
+            ValueError: The stages do not fit into the steps, or the checkpoint is of another run.
+            FloatingPointError: The first loss is NaN or infinite.
+            SystemExit: Code 143: a SIGTERM came; a checkpoint was saved.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        checkpoint = last_whole(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint or None
         if self.plan is None:
-            self.prune(Plan.load(Path(resume_from_checkpoint) / "plan.json") if resume_from_checkpoint else None)
-        self.lesson.teach = cached(self) if self.args.teacher_cache else live(self)
-        self._metrics["pruned"] = measured_on(self, self.model, "pruned", self.eval_dataset)
-        before = self.held_out_loss()
-        weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+            self.course = training.course_of(self)
+        if checkpoint:
+            restore(self, checkpoint)
         try:
-            trained_only.attach(self.model, self.teacher, self.calibration, self.lesson, self.objective)
-            output = super().train(resume_from_checkpoint, **trainer)
+            output = training.train_in_stages(self, functools.partial(super().train, **trainer), checkpoint)
         finally:
             trained_only.detach(self.model)
-        after = self.held_out_loss()
-        self.recovery = {"held_out_before": before, "held_out_after": after, "kept": "after" if after < before else "before"}
-        if not after < before:
-            self.model.load_state_dict(weights)
-        self._metrics.pop("compact", None)
+        training.keep_the_better(self)
         return output
 
     def compute_loss(
@@ -265,22 +251,31 @@ class KDPruneTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         save_pretrained(self.model, folder, self.processing_class, verify=False, state_dict=state_dict)
         trained_only.save(self.model, folder)
+        save_state(self, folder)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        """As Trainer's, and what trains with the student."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        trained_only.load(self.model, resume_from_checkpoint)
+        """As Trainer's, and what trains with the student; after a stage the model in memory is ahead of its checkpoint."""
+        if self.course.optimizer is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            trained_only.load(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's; after a stage the optimizer's state is cut along."""
+        with training.with_optimizer(self.course, checkpoint) as folder:
+            super()._load_optimizer_and_scheduler(folder)
+
+    def _load_best_model(self) -> None:
+        """As Trainer's, of those that have the final shape."""
+        if self.course.finished:
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:
-        """As Trainer's, but what was interrupted half-way is taken away again."""
-        try:
+        """As Trainer's, and never a mixture of two, nor half of one."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()
+        with whole_or_gone(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
-        except BaseException:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            if self.args.should_save and not (folder / "trainer_state.json").is_file():  # it is written last
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
 
     def push_to_hub(self, commit_message: str = "End of training", blocking: bool = True, **repo: object) -> object:
         """Save to the output directory, then upload it as `hub_model_id` (default: the directory's name), and wait for that.

@@ -401,7 +401,7 @@ def test_unreachable_budget_is_refused_before_work(make):
         ({"task_weight": -1.0}, "must be >= 0"),
         ({"task_weight": 0.0, "logits_weight": 0.0, "features_weight": 0.0}, "not all 0"),
         ({"temperature": 0.0}, "temperature must be > 0"),
-        ({"schedule": "gradual"}, "schedule must be one of"),
+        ({"schedule": "greedy"}, "schedule must be one of"),
         ({"shapes": "square"}, "shapes must be one of"),
         ({"round_to": 0}, "round_to must be at least 1"),
         ({"keep": ["bert.encoder.layer.9"]}, "near are bert.encoder.layer"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -48,6 +48,7 @@ class Scores:
         importance: The name of the score.
         stock: The kinds of sites that the model's own class can have fewer of, in all layers alike.
         weights: Fingerprint of the weights that were ranked; "": any.
+        gone: Site name -> units that an earlier stage removed: no plan keeps them, whatever their scores.
     """
 
     sites: Sites
@@ -56,6 +57,7 @@ class Scores:
     importance: str
     stock: tuple[str, ...] = ("attention", "ffn")
     weights: str = ""
+    gone: dict[str, frozenset[int]] = field(default_factory=dict)
 
     @property
     def latency(self) -> LatencyTable | None:
@@ -87,8 +89,8 @@ class Scores:
         parsed, rules = Budget.parse(budget), Rules(round_to, shapes, keep, least)
         if parsed.counts == "loss":
             raise ValueError(f"a budget of 'loss=', got {budget!r}, {BY_TRIAL}")
-        bounds = rules.bounds(self.sites)
-        kept = {site.name: site.total for site in self.sites}
+        bounds = self.bounds(rules)
+        kept = dict(bounds.ceilings)
         if parsed.counts == "latency":
             WHOLE["latency"](self.sites, None)  # raises where no times were measured
         check_reach(parsed, self.sites, rules, self.stock)
@@ -101,6 +103,11 @@ class Scores:
                 kept |= uniform(self.sites, ordered, limit, rules, bounds, self.stock)
         sites = [self.site_plan(site, kept[site.name], bounds) for site in self.sites]
         return Plan(sites, self.facts(parsed, kept), self.importance, weights=self.weights)
+
+    def bounds(self, rules: Rules) -> Bounds:
+        """What must stay of what is left."""
+        bounds = rules.bounds(self.sites)
+        return replace(bounds, ceilings={s.name: s.total - len(self.gone.get(s.name, ())) for s in self.sites})
 
     def facts(self, budget: Budget, kept: dict[str, int]) -> dict:
         """What a plan says of its budget; a latency is predicted until somebody measures it."""
@@ -120,16 +127,17 @@ class Scores:
         for name, scores in self.values.items():
             if not bool(scores.isfinite().all()):
                 raise ValueError(f"{name}: scores must be finite, got NaN or infinity: look at the calibration data")
-            if len(scores) > 1 and bool((scores == scores[0]).all()):
+            left = scores[[i for i in range(len(scores)) if i not in self.gone.get(name, ())]]
+            if len(left) > 1 and bool((left == left[0]).all()):
                 raise ValueError(
-                    f"{name}: all {len(scores)} units have the same score {scores[0]:.3g}, which ranks nothing: "
+                    f"{name}: all {len(left)} units have the same score {left[0]:.3g}, which ranks nothing: "
                     f"importance={self.importance!r} does not see this site, choose another"
                 )
 
     def order(self, site: Site, bounds: Bounds) -> list[int]:
-        """Units of a site, the least worth first, ties in the order of the weights; those that must stay are last."""
-        held = bounds.protected[site.name]
-        return sorted(self.values[site.name].argsort(stable=True).tolist(), key=held.__contains__)
+        """Units of a site, the least worth first, ties in the order of the weights; those gone lead, those held are last."""
+        held, gone = bounds.protected[site.name], self.gone.get(site.name, ())
+        return sorted(self.values[site.name].argsort(stable=True).tolist(), key=lambda unit: (unit in held) - (unit in gone))
 
     def site_plan(self, site: Site, kept: int, bounds: Bounds) -> SitePlan:
         """Keep the `kept` units with the highest scores, those that must stay among them."""
@@ -147,8 +155,8 @@ class Scores:
         """The site's units that may go, cheapest first, in steps that keep its width a multiple of `round_to`."""
         step = rules.step(site)
         scores = self.values[site.name][self.order(site, bounds)].tolist()
-        first = site.total % step or step
-        edges = [0, *range(first, site.total - bounds.floors[site.name] + 1, step)]
+        first, gone = site.total % step or step, site.total - bounds.ceilings[site.name]
+        edges = [gone, *(e for e in range(first, site.total - bounds.floors[site.name] + 1, step) if e > gone)]
         costs = [cost_of(limit.counts, site, self.sites, site.total - edge) for edge in edges]
         pairs = zip(zip(edges, costs, strict=True), zip(edges[1:], costs[1:], strict=True), strict=False)
         return [Bundle(site, b - a, sum(scores[a:b]), dear - cheap) for (a, dear), (b, cheap) in pairs]
@@ -167,7 +175,7 @@ class Scores:
             floors = {s.name: max(bounds.floors[s.name], rules.below(s, s.total * (1 - lost))) for s in self.sites}
             kept = {s.name: rules.narrowest(s, floors[s.name]) for s in self.sites if s.name in lowest}
             if WHOLE[limit.counts](self.sites, kept) <= limit.allowed(self.sites):
-                return Bounds(bounds.protected, floors)
+                return replace(bounds, floors={n: min(floor, bounds.ceilings[n]) for n, floor in floors.items()})
             lost *= 1.25
         return bounds
 

@@ -98,8 +98,12 @@ def snapshot(module: nn.Module, name: str) -> Callable[[], None]:
 def cut_tensor(module: nn.Module, cut: Cut, removed: list[int], undo: Undo) -> None:
     """Take the entries of the removed units out of one tensor, in place."""
     old = getattr(module, cut.tensor)
-    gone = set(cut.indices(removed))
-    kept = torch.tensor([i for i in range(old.shape[cut.dim]) if i not in gone], dtype=torch.long, device=old.device)
     undo.append(lambda: setattr(module, cut.tensor, old))
-    new = old.detach().index_select(cut.dim, kept).clone()
+    new = old.detach().index_select(cut.dim, entries_left(cut, removed, old.shape[cut.dim]).to(old.device)).clone()
     setattr(module, cut.tensor, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def entries_left(cut: Cut, removed: list[int], size: int) -> torch.Tensor:
+    """The entries of a dimension of `size` that stay when the units `removed` go, ascending."""
+    gone = set(cut.indices(removed))
+    return torch.tensor([i for i in range(size) if i not in gone], dtype=torch.long)

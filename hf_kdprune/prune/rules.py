@@ -25,10 +25,12 @@ class Bounds:
     Attributes:
         protected: Site name -> units that are never removed.
         floors: Site name -> number of units that stay at least.
+        ceilings: Site name -> number of units that are left, of which a plan can choose.
     """
 
     protected: dict[str, frozenset[int]]
     floors: dict[str, int]
+    ceilings: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Rules:
             if twice := sorted({u for u in named if named.count(u) > 1}):
                 raise ValueError(f"{KEEP_RULE}; got {name}:{twice[0]} twice in {list(self.keep)}: name it once")
         protected = {s.name: frozenset(range(s.total) if s.name in whole else units[s.name]) for s in sites}
-        return Bounds(protected, {s.name: max(len(protected[s.name]), self.fewest_of(s)) for s in sites})
+        floors = {s.name: max(len(protected[s.name]), self.fewest_of(s)) for s in sites}
+        return Bounds(protected, floors, {s.name: s.total for s in sites})
 
     def fewest_of(self, site: Site) -> int:
         """Units that one site keeps whatever the keep-list says: what its block needs, and `least`."""

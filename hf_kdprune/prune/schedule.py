@@ -1,4 +1,4 @@
-"""When to prune: at once, before training. (In stages, with training between them: a later version.)"""
+"""Pruning at once, before training; `stages` has what pruning in several stages adds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .stock import stock_kinds
 from .surgery import apply_plan, check_plan
 from .walk import Step, smallest, tightened
 
-SCHEDULES = ("one_shot",)
+SCHEDULES = ("one_shot", "gradual")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def counts(sites: Sites, limit: Limit, rules: Rules, bounds: Bounds, stock: tupl
         if mine:
             step = rules.round_to if kind == "ffn" else 1
             floor = max(1, *(bounds.floors[site.name] for site in mine))
-            choices[kind] = sorted({*range(rules.narrowest(mine[0], floor), mine[0].total + 1, step), mine[0].total})
+            most = min(bounds.ceilings[site.name] for site in mine)
+            choices[kind] = sorted({*range(rules.narrowest(mine[0], floor), most + 1, step), most})
     return choices
 
 
