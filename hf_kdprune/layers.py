@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layer_map import layer_pairs, similarity
+from .moments import joint_moments, moments_of, projected, unprojected
+from .ranks import Ranks
 
 Batch = dict[str, Tensor]
 TOKENS_PER_COLUMN = 5  # that make a covariance or a least-squares fit (METHOD.md 3)
@@ -30,20 +32,25 @@ class LayerMatch:
     Attributes:
         student: Index into the student's hidden states; 0 is the embeddings.
         teacher: Index into the teacher's.
-        covariance: (hidden, hidden) of the teacher's features over real positions, in the student's space.
+        variances: (hidden,) of the teacher's features over real positions, in the student's space.
         projection: (teacher hidden + 1, student hidden) from teacher features to the student's space, the last row a
             bias; None where the widths are equal.
     """
 
     student: int
     teacher: int
-    covariance: Tensor
+    variances: Tensor
     projection: Tensor | None = None
 
     @property
     def variance(self) -> float:
         """Mean variance of a dimension."""
-        return float(self.covariance.diagonal().mean())
+        return float(self.variances.mean())
+
+    @property
+    def width(self) -> int:
+        """Hidden size of the student there."""
+        return len(self.variances)
 
 
 def inputs_of(batch: Batch) -> Batch:
@@ -175,26 +182,38 @@ def match_layers(
     teacher: PreTrainedModel | None,
     batches: Sequence[Batch],
     layer_map: str | list = "auto",
+    ranks: Ranks | None = None,
 ) -> list[LayerMatch]:
     """Pair the layers and measure the teacher's features, on as many of the batches as that needs.
 
     Where the widths differ, the teacher's features are brought into the student's space by the linear map that fits
     the student's present features best (ridge least squares): what a linear map cannot explain is not asked for.
 
+    Args:
+        model: The student.
+        teacher: The teacher; None: the student itself.
+        batches: Inputs, all of them on every process.
+        layer_map: See `layer_pairs`. For "auto" each process finds which layers are alike, on the same few positions.
+        ranks: The processes that share the batches; None: this one runs them all.
+
     Raises:
         ValueError: The layer map does not fit, or a feature is NaN or infinite.
     """
-    source = model if teacher is None else teacher
+    source, ranks = model if teacher is None else teacher, ranks or Ranks.alone()
     with evaluating(model, source):
         learnt, taught = (hidden_states(m, batches[0]) for m in (model, source))
-        apart = layer_map == "auto" and len(learnt) != len(taught)
-        pairs = layer_pairs(layer_map, len(learnt) - 1, len(taught) - 1, alike(model, source, batches) if apart else None)
+        similar = alike(model, source, batches) if layer_map == "auto" and len(learnt) != len(taught) else None
+        pairs = layer_pairs(layer_map, len(learnt) - 1, len(taught) - 1, similar)
         widths = [(learnt[s].shape[-1], taught[t].shape[-1]) for s, t in pairs]
-        other = source is not model and any(s != t for s, t in widths)
-        some = enough(batches, max(t for _, t in widths))
-        moments = joint_moments(source, model if other else None, some, pairs)
-    described = [describe(m, t, other) for m, (_, t) in zip(moments, widths, strict=True)]
-    return [LayerMatch(s, t, *facts) for (s, t), facts in zip(pairs, described, strict=True)]
+        some = [batch for _, batch in ranks.share(enough(batches, max(t for _, t in widths)))]
+        apart = source is not model and any(s != t for s, t in widths)
+        sums = sums_over(source, model if apart else None, some, pairs, widths)
+    described, matches = projected if apart else unprojected, []
+    for (s, t), (_, width), mine in zip(pairs, widths, sums, strict=True):
+        total = ranks.total(mine)
+        check_finite(total, t)  # of the sum, so that all processes stop
+        matches.append(LayerMatch(s, t, *described(total, width)))
+    return matches
 
 
 @torch.no_grad()
@@ -221,40 +240,23 @@ def check_finite(features: Tensor, layer: int) -> None:
         raise ValueError(f"teacher features must be finite; layer {layer} gave NaN or infinity: check the model")
 
 
-def joint_moments(
-    source: PreTrainedModel, model: PreTrainedModel | None, batches: Sequence[Batch], pairs: list[tuple[int, int]]
+def sums_over(
+    source: PreTrainedModel,
+    model: PreTrainedModel | None,
+    batches: Sequence[Batch],
+    pairs: list[tuple[int, int]],
+    widths: list[tuple[int, int]],
 ) -> list[Tensor]:
-    """Second moments of [teacher features, 1, student features if `model` is given] over real positions, by pair."""
-    moments = [0.0] * len(pairs)
+    """Moments, over real positions, of the teacher's features of each pair; with `model`, jointly with the student's."""
+    sizes = [(2, t + 1) if model is None else (s + t + 1, s + t + 1) for s, t in widths]
+    sums = [torch.zeros(*size, dtype=torch.float64) for size in sizes]
     for batch in batches:
         taught = hidden_states(source, batch)
-        learnt = hidden_states(model, batch) if model is not None else taught
-        for i, (s, t) in enumerate(pairs):
+        learnt = None if model is None else hidden_states(model, batch)
+        for mine, (s, t) in zip(sums, pairs, strict=True):
             x = at_real(taught[t], batch).double()
-            check_finite(x, t)
-            parts = [x, x.new_ones(len(x), 1)] + ([at_real(learnt[s], batch).double()] if model is not None else [])
-            joint = torch.cat(parts, 1)
-            moments[i] = moments[i] + (joint.T @ joint).cpu()
-    return moments
-
-
-def describe(moments: Tensor, width: int, project: bool) -> tuple[Tensor, Tensor | None]:
-    """Covariance and projection from the joint second moments of [teacher, 1, student].
-
-    Args:
-        moments: (width + 1 [+ student hidden], the same).
-        width: Hidden size of the teacher.
-        project: Whether the student's features are in there.
-    """
-    count = moments[width, width]
-    mean = moments[:width, width] / count
-    covariance = moments[:width, :width] / count - torch.outer(mean, mean)
-    if not project:
-        return covariance.float(), None
-    gram = moments[: width + 1, : width + 1]
-    ridge = 0.01 * gram.diagonal().mean() * torch.eye(width + 1, dtype=gram.dtype)
-    projection = torch.linalg.solve(gram + ridge, moments[: width + 1, width + 1 :])
-    return (projection[:-1].T @ covariance @ projection[:-1]).float(), projection.float()
+            mine += (moments_of(x) if learnt is None else joint_moments(x, at_real(learnt[s], batch).double())).cpu()
+    return sums
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def second_loss(model, batches, matches, targets, metric="covariance"):
         wanted = torch.cat([target[i][mask] for target, mask in zip(targets, masks, strict=True)]).double()
         mine = torch.cat([state[match.student][mask] for state, mask in zip(states, masks, strict=True)]).double()
         if metric == "plain":
-            total += float((mine - wanted).square().sum()) / float(match.covariance.trace()) / len(matches)
+            total += float((mine - wanted).square().sum()) / float(match.variances.sum()) / len(matches)
             continue
         size = wanted.square().mean(1, keepdim=True).sqrt()
         sigma = torch.cov((wanted / size).T, correction=0)

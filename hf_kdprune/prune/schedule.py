@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..layers import LayerMatch
+from ..ranks import Ranks
 from .allocation import Scores, check_reach
 from .budget import UNITS, Budget
 from .discovery import find_sites
@@ -41,6 +42,7 @@ class Pruning:
         keep: What is never removed, see `rules.KEEP_RULE`.
         least: Units that each site keeps, as a share or a number; None: see `Scores.trusted`.
         latency_batch: Samples of the passes that a latency budget times.
+        ranks: The processes that rank together.
     """
 
     budget: str
@@ -52,6 +54,7 @@ class Pruning:
     keep: Sequence[str] = ()
     least: float | None = None
     latency_batch: int = 32
+    ranks: Ranks = field(default_factory=Ranks.alone)
 
     def rules(self) -> Rules:
         """What a plan must respect beside the budget."""
@@ -86,7 +89,8 @@ def one_shot(
         pruning: The settings.
         judge: What a budget of "loss=" needs.
     """
-    scores = score_units(model, teacher, batches, pruning.importance, matches=matches, seed=pruning.seed)
+    asked = {"matches": matches, "seed": pruning.seed, "ranks": pruning.ranks}
+    scores = score_units(model, teacher, batches, pruning.importance, **asked)
     return make_plan(model, scores, batches, pruning, judge)
 
 

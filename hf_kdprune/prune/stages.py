@@ -88,7 +88,8 @@ def plan_further(
         pruning: The settings, with the budget of this stage.
         left: What the earlier stages left of the model as it was given.
     """
-    now = score_units(model, teacher, batches, pruning.importance, matches=matches, seed=pruning.seed)
+    asked = {"matches": matches, "seed": pruning.seed, "ranks": pruning.ranks}
+    now = score_units(model, teacher, batches, pruning.importance, **asked)
     plan = make_plan(model, in_given_units(now, left, stock_kinds(model, now.sites)), batches, pruning)
     return replace(plan, weights=left.plan.weights)
 

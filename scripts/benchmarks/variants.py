@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kdprune import apply_plan, find_sites, repair
-from hf_kdprune.layers import count_real, enough, match_layers
+from hf_kdprune.layers import LayerMatch, at_real, count_real, enough, hidden_states, match_layers
 from hf_kdprune.prune.allocation import Scores
-from hf_kdprune.prune.importance import mean_length
+from hf_kdprune.prune.importance import Asked, mean_length
 from hf_kdprune.prune.importance.feature_loss import Features, covariances
 from hf_kdprune.prune.importance.probe import derivatives
+from hf_kdprune.ranks import Ranks
 
 RUNS = Path("docs") / "variants.jsonl"
 VARIANTS = {  # name -> (share of the last layer, power of the covariance, over the root mean square of each position, least)
@@ -78,12 +79,21 @@ def scored(model: PreTrainedModel, batches: list[dict[str, Tensor]], name: str, 
     matches = [m for m in match_layers(model, None, batches) if m.student > 0]
     others = len(matches) - 1
     weights = [1 / len(matches)] * len(matches) if last is None else [(1 - last) / others] * others + [last]
-    some = enough(batches, len(matches[0].covariance))
-    sigmas = covariances(model, some, matches) if by_position else [m.covariance for m in matches]
+    some, alone = enough(batches, matches[0].width), Ranks.alone()
+    sigmas = covariances(model, some, matches, alone) if by_position else as_they_are(model, some, matches)
     roots = [(w / count_real(batches)) ** 0.5 * root(sigma, power) for w, sigma in zip(weights, sigmas, strict=True)]
-    features = Features(matches, roots, by_position, None, torch.Generator().manual_seed(seed))
-    values, errors = features.scores(derivatives(model, batches, sites, features.watch, features=True))
+    features = Features(matches, roots, by_position, None)
+    asked = Asked(sites, matches, seed)
+    values, errors = features.scores(derivatives(model, batches, asked, features.watch, features.kinds))
     return Scores(sites, values, errors, name)
+
+
+@torch.no_grad()
+def as_they_are(model: PreTrainedModel, batches: list[dict[str, Tensor]], matches: list[LayerMatch]) -> list[Tensor]:
+    """Covariances of features that are taken over nothing, (hidden, hidden) in float64."""
+    layers = zip(*([at_real(x, batch) for x in hidden_states(model, batch)] for batch in batches), strict=True)
+    features = [torch.cat(layer).double() for layer in layers]
+    return [features[match.teacher].T.cov(correction=0) for match in matches]
 
 
 def root(sigma: Tensor, power: float) -> Tensor:

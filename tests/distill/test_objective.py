@@ -26,7 +26,7 @@ def outputs():
     return one(), one(), mask
 
 
-MATCHES = [LayerMatch(1, 1, 2 * torch.eye(8)), LayerMatch(2, 2, 4 * torch.eye(8))]
+MATCHES = [LayerMatch(1, 1, 2 * torch.ones(8)), LayerMatch(2, 2, 4 * torch.ones(8))]
 HEAD = Head("single_label")
 
 
@@ -87,7 +87,7 @@ def test_teacher_of_other_width_is_projected(outputs):
     wide = torch.randn(3, 4, 6, generator=draw)
     student.hidden_states = (student.hidden_states[0], wide @ projection[:-1] + projection[-1])
     teacher = SimpleNamespace(logits=student.logits, hidden_states=(wide, wide))
-    match = [LayerMatch(1, 1, torch.eye(8), projection)]
+    match = [LayerMatch(1, 1, torch.ones(8), projection)]
     assert features(Objective(WEIGHTS), student, teacher, mask, match).item() < 1e-10
 
 

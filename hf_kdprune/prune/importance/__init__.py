@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...inputs import completed
-from ...layers import LayerMatch, real_positions
+from ...layers import real_positions
 from ..allocation import Scores
 from ..discovery import find_sites
 from ..fingerprint import fingerprint
@@ -44,9 +44,7 @@ def score_units(
     teacher: PreTrainedModel | None,
     batches: Sequence[dict[str, Tensor]],
     importance: str = "feature_loss",
-    *,
-    matches: list[LayerMatch] | None = None,
-    seed: int = 0,
+    **asked: object,
 ) -> Scores:
     """Score every unit by what the second loss would rise if it went.
 
@@ -55,8 +53,8 @@ def score_units(
         teacher: The teacher; None: the student itself.
         batches: Calibration inputs, dictionaries of tensors (batch, seq); only "taylor" and "fisher" look at labels in them.
         importance: A name of `IMPORTANCE`.
-        matches: Which student layer learns from which teacher layer; None: by depth.
-        seed: Of the random probe.
+        **asked: Fields of `Asked`: matches, which student layer learns from which teacher layer (default: by depth); seed, of
+            the random probe (0); ranks, the processes that share the batches (this one runs all).
 
     Raises:
         ValueError: Unknown importance, no calibration data, no prunable site, or features that are not finite.
@@ -72,7 +70,7 @@ def score_units(
     batches = [completed(model, batch) for batch in batches]
     sites = find_sites(model, batches[0], mean_length(batches))
     other = None if teacher is model else teacher
-    values, errors = IMPORTANCE[importance](model, other, batches, Asked(sites, matches, seed))
+    values, errors = IMPORTANCE[importance](model, other, batches, Asked(sites, **asked))
     return Scores(sites, values, errors, importance, stock_kinds(model, sites), fingerprint(model, sites))
 
 

@@ -27,18 +27,19 @@ def ablation(
     The standard error is that over batches: the score is exact on these samples, which are a sample themselves.
     """
     features = replace(under_covariance(model, teacher, batches, asked), teacher=model if teacher is None else teacher)
-    values: Table = {s.name: torch.zeros(s.total, dtype=torch.float64) for s in asked.sites}
-    errors = {name: value.clone() for name, value in values.items()}
+    mine = [batch for _, batch in asked.ranks.share(batches)]
+    sums = {s.name: torch.zeros(2, s.total, dtype=torch.float64) for s in asked.sites}
     with evaluating(*(m for m in (model, teacher) if m is not None)):
-        taught = [features.taught(batch) for batch in batches]
-        whole = loss(model, batches, features, taught)
+        taught = [features.taught(batch) for batch in mine]
+        whole = loss(model, mine, features, taught)
         units = [(site, unit) for site in asked.sites for unit in range(site.total)]
         for site, unit in tqdm(units, desc="ablate", unit="unit", disable=None, leave=False):
             with gates_at_zero(model, without(asked.sites, site, unit), asked.sites):
-                rise = loss(model, batches, features, taught) - whole
-            values[site.name][unit] = rise.sum()
-            errors[site.name][unit] = spread(rise.sum(), rise.square().sum(), len(rise))
-    return values, errors
+                rise = loss(model, mine, features, taught) - whole
+            sums[site.name][:, unit] = torch.stack([rise.sum(), rise.square().sum()])
+    totals = {name: asked.ranks.total(found) for name, found in sums.items()}
+    values = {name: rises for name, (rises, _) in totals.items()}
+    return values, {name: spread(*found, len(batches)) for name, found in totals.items()}
 
 
 def without(sites: Sequence[Site], site: Site, unit: int) -> dict[str, list[int]]:
@@ -49,4 +50,4 @@ def without(sites: Sequence[Site], site: Site, unit: int) -> dict[str, list[int]
 def loss(model: PreTrainedModel, batches: Sequence[Batch], features: Features, taught: Sequence[Sequence[Tensor]]) -> Tensor:
     """The share of each batch in the second loss, (batches,) in float64."""
     pairs = zip(batches, taught, strict=True)
-    return torch.stack([features.errors(hidden_states(model, b), b, t).sum().double().cpu() for b, t in pairs])
+    return torch.tensor([float(features.errors(hidden_states(model, b), b, t).sum()) for b, t in pairs], dtype=torch.float64)

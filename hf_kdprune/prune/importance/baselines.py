@@ -40,7 +40,7 @@ def activation(
     """
     sums = Sums(asked.sites)
     with still(model), gate_inputs(model, asked.sites) as inputs:
-        for batch in batches:
+        for _, batch in asked.ranks.share(batches):
             model(**inputs_of(batch))
             size = len(next(iter(batch.values())))
             sums.samples += size
@@ -51,7 +51,7 @@ def activation(
                     units = real.reshape(size, -1, site.total, site.width)
                     squares += units.square().sum((1, 3)).double().cpu()
                 sums.add(site, squares.sqrt())
-    return sums.sizes()
+    return sums.over(asked.ranks).sizes()
 
 
 def random(

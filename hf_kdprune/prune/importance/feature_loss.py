@@ -28,6 +28,7 @@ from ...layers import (
     states_of,
     target_features,
 )
+from ...ranks import Ranks
 from .asked import Asked
 from .probe import Batch, Sums, Table, Weighted, derivatives, noise, still
 
@@ -60,7 +61,7 @@ def curvature(
 ) -> tuple[Table, Table]:
     """Score every unit by one probe a batch, under a metric that is measured first."""
     features = measured(model, teacher, batches, asked)
-    return features.scores(derivatives(model, batches, asked.sites, features.watch, features=True))
+    return features.scores(derivatives(model, batches, asked, features.watch, features.kinds))
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,25 @@ class Features:
         roots: Of the metric, (hidden, hidden) for each; scaled so that the squares sum to the loss of the whole set.
         by_position: Whether an error is taken over the root mean square of the teacher's features at its position.
         teacher: Another model; None: the student itself.
-        generator: Of the probe.
     """
 
     matches: list[LayerMatch]
     roots: list[Tensor]
     by_position: bool
     teacher: PreTrainedModel | None
-    generator: torch.Generator
 
-    def watch(self, output: object, batch: Batch) -> list[Weighted]:
+    @property
+    def kinds(self) -> int:
+        """How many things `watch` asks for."""
+        return 1 if self.teacher is None else 2
+
+    def watch(self, output: object, batch: Batch, draw: torch.Generator) -> list[Weighted]:
         """The loss itself where the teacher is another model, then the probe."""
         states = states_of(output)
         learnt = [states[m.student] for m in self.matches]
         taught = learnt if self.teacher is None else self.taught(batch)
-        draws = [noise(x, positions_of(batch, x), self.generator) @ r for x, r in zip(learnt, self.roots, strict=True)]
-        probe = [draw / self.size(t) for draw, t in zip(draws, taught, strict=True)]
+        noises = [noise(x, positions_of(batch, x), draw) @ r for x, r in zip(learnt, self.roots, strict=True)]
+        probe = [z / self.size(t) for z, t in zip(noises, taught, strict=True)]
         first: list[Weighted] = [] if self.teacher is None else [([self.errors(states, batch, taught).sum()], None)]
         return [*first, (learnt, probe)]
 
@@ -123,39 +127,43 @@ def under_covariance(
     source = model if teacher is None else teacher
     others = [0.5 / (len(matches) - 1)] * (len(matches) - 1) if len(matches) > 1 else []
     weights = [*others, 0.5 if others else 1.0]
-    some = enough(batches, max(len(m.covariance) for m in matches))
+    some = enough(batches, max(m.width for m in matches))
     with evaluating(source):
-        roots = [root_of(sigma) for sigma in covariances(source, some, matches)]
+        roots = [root_of(sigma) for sigma in covariances(source, some, matches, asked.ranks)]
     scaled = [(w / count_real(batches)) ** 0.5 * r.to(model.device) for w, r in zip(weights, roots, strict=True)]
-    return Features(matches, scaled, True, teacher, torch.Generator().manual_seed(asked.seed))
+    return Features(matches, scaled, True, teacher)
 
 
 def under_variance(model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Sequence[Batch], asked: Asked) -> Features:
     """The second loss under the variance of the teacher's features, see `plain`."""
     matches = with_units(model, teacher, batches, asked)
-    sizes = [len(matches) * count_real(batches) * len(m.covariance) * m.variance for m in matches]
-    roots = [torch.eye(len(m.covariance), device=model.device) / n**0.5 for m, n in zip(matches, sizes, strict=True)]
-    return Features(matches, roots, False, teacher, torch.Generator().manual_seed(asked.seed))
+    sizes = [len(matches) * count_real(batches) * m.width * m.variance for m in matches]
+    roots = [torch.eye(m.width, device=model.device) / n**0.5 for m, n in zip(matches, sizes, strict=True)]
+    return Features(matches, roots, False, teacher)
 
 
 def with_units(
     model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Sequence[Batch], asked: Asked
 ) -> list[LayerMatch]:
     """The mapped layers less the embeddings, before which no unit lies."""
-    return [m for m in asked.matches or match_layers(model, teacher, batches) if m.student > 0]
+    found = asked.matches or match_layers(model, teacher, batches, ranks=asked.ranks)
+    return [m for m in found if m.student > 0]
 
 
 @torch.no_grad()
-def covariances(model: PreTrainedModel, batches: Sequence[Batch], matches: Sequence[LayerMatch]) -> list[Tensor]:
+def covariances(model: PreTrainedModel, batches: Sequence[Batch], matches: Sequence[LayerMatch], ranks: Ranks) -> list[Tensor]:
     """Of the features of each mapped layer, each position over its root mean square: (hidden, hidden) in float64."""
-    sums = [(0.0, 0.0)] * len(matches)
-    for batch in batches:
-        taught = [at_real(t / root_mean_square(t), batch) for t in target_features(model, batch, matches)]
-        for match, features in zip(matches, taught, strict=True):
-            check_finite(features, match.teacher)
-        sums = [(xx + (t.T @ t).double(), x + t.sum(0).double()) for (xx, x), t in zip(sums, taught, strict=True)]
-    total = count_real(batches)
-    return [(xx / total - torch.outer(x / total, x / total)).cpu() for xx, x in sums]
+    sums = [torch.zeros(match.width + 1, match.width, dtype=torch.float64, device=model.device) for match in matches]
+    for _, batch in ranks.share(batches):
+        for mine, features in zip(sums, target_features(model, batch, matches), strict=True):
+            t = at_real(features / root_mean_square(features), batch).float()
+            mine += torch.cat([t.T @ t, t.sum(0, keepdim=True)]).to(mine)
+    total, found = count_real(batches), []
+    for match, mine in zip(matches, sums, strict=True):
+        moments = ranks.total(mine) / total
+        check_finite(moments, match.teacher)  # of the sum, so that all processes stop
+        found.append((moments[:-1] - torch.outer(moments[-1], moments[-1])).cpu())
+    return found
 
 
 def root_of(covariance: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,7 +37,7 @@ def of_labels(model: PreTrainedModel, batches: Sequence[Batch], asked: Asked) ->
         ValueError: The batches have no labels, or the model makes no loss of them.
     """
 
-    def loss_of(output: object, batch: Batch) -> list[Weighted]:
+    def loss_of(output: object, batch: Batch, draw: torch.Generator) -> list[Weighted]:
         loss = getattr(output, "loss", None)
         if loss is None:
             raise ValueError(
@@ -45,7 +46,7 @@ def of_labels(model: PreTrainedModel, batches: Sequence[Batch], asked: Asked) ->
             )
         return [([loss * terms_of(batch)], None)]
 
-    (sums,) = derivatives(model, batches, asked.sites, loss_of, labels=True)
+    (sums,) = derivatives(model, batches, asked, loss_of, 1, labels=True)
     return sums
 
 

@@ -23,12 +23,11 @@ def with_logits(
 ) -> tuple[Table, Table]:
     """The second loss and the curvature of the outputs, each normalised to sum 1: one forward and two backward passes."""
     features = under_covariance(model, teacher, batches, asked)
-    generator = torch.Generator().manual_seed(asked.seed + 1)
 
-    def watch(output: object, batch: Batch) -> list[Weighted]:
-        return [*features.watch(output, batch), outputs_probe(output, batch, model.config, generator)]
+    def watch(output: object, batch: Batch, draw: torch.Generator) -> list[Weighted]:
+        return [*features.watch(output, batch, draw), outputs_probe(output, batch, model.config, draw)]
 
-    *mine, outputs = derivatives(model, batches, asked.sites, watch, features=True)
+    *mine, outputs = derivatives(model, batches, asked, watch, features.kinds + 1)
     parts = [features.scores(mine), outputs.squares()]
     sums = [sum(float(v.sum()) for v in values.values()) for values, _ in parts]
     values = {n: sum(v[n] / total for (v, _), total in zip(parts, sums, strict=True)) for n in parts[0][0]}

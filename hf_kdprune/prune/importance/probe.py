@@ -15,12 +15,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...layers import evaluating, inputs_of, known
+from ...ranks import Ranks, draw_for
 from ..experts import readable_experts
 from ..sites import Site, Sites
+from .asked import Asked
 
 Batch = dict[str, Tensor]
 Table = dict[str, Tensor]
 Weighted = tuple[list[Tensor], list[Tensor] | None]  # tensors with a graph, and their weights; None: a scalar
+Watch = Callable[[object, Batch, torch.Generator], list[Weighted]]
 
 
 class Sums:
@@ -45,6 +48,16 @@ class Sums:
         self.second[site.name] += derivatives.square().sum(0)
         self.fourth[site.name] += derivatives.pow(4).sum(0)
 
+    def over(self, ranks: Ranks) -> Sums:
+        """The sums of all processes."""
+        tables = (self.first, self.size, self.second, self.fourth)
+        parts = [value for table in tables for value in table.values()] + [torch.tensor([self.samples]).double()]
+        totals = iter(ranks.total(torch.cat(parts)).split([len(part) for part in parts]))
+        for table in tables:
+            table.update({name: next(totals) for name in table})
+        self.samples = int(next(totals))
+        return self
+
     def squares(self) -> tuple[Table, Table]:
         """The sum of squares, and its standard error."""
         return self.second, {n: spread(self.second[n], self.fourth[n], self.samples) for n in self.second}
@@ -62,32 +75,34 @@ def spread(total: Tensor, squares: Tensor, samples: int) -> Tensor:
 def derivatives(
     model: PreTrainedModel,
     batches: Sequence[Batch],
-    sites: Sites,
-    watch: Callable[[object, Batch], list[Weighted]],
+    asked: Asked,
+    watch: Watch,
+    kinds: int,
     labels: bool = False,
-    features: bool = False,
 ) -> list[Sums]:
     """Run the model once over the batches and sum the derivatives of what `watch` makes of its output.
+
+    Each process runs its share of the batches, and has the sums of all of them.
 
     Args:
         model: Read, not changed; in eval mode, weights frozen.
         batches: Calibration inputs.
-        sites: Where the gates are.
-        watch: Model output and batch -> what to derive; one backward pass and one `Sums` for each.
-        labels: Whether the model is given the labels.
-        features: Whether the output holds hidden states.
+        asked: Where the gates are, the seed of the random numbers, and who runs which batches.
+        watch: Model output, batch, and its random numbers -> what to derive; one backward pass for each.
+        kinds: How many that are; a `Sums` for each.
+        labels: Whether the model is given the labels, and makes a loss; else its output holds hidden states.
     """
-    sums: list[Sums] = []
+    sums, ranks, sites = [Sums(asked.sites) for _ in range(kinds)], asked.ranks, asked.sites
+    quiet = True if ranks.index else None  # None: a bar on a terminal only
     with still(model), gate_inputs(model, sites) as inputs:
-        for batch in tqdm(batches, desc="rank", unit="batch", disable=None, leave=False):  # None: on a terminal only
-            output = model(**(known(batch) if labels else inputs_of(batch)), output_hidden_states=features)
-            asked, size = watch(output, batch), len(next(iter(batch.values())))
-            sums = sums or [Sums(sites) for _ in asked]
-            for i, (mine, (outputs, weights)) in enumerate(zip(sums, asked, strict=True)):
+        for number, batch in tqdm(ranks.share(batches), desc="rank", unit="batch", disable=quiet, leave=False):
+            output = model(**(known(batch) if labels else inputs_of(batch)), output_hidden_states=not labels)
+            watched, size = watch(output, batch, draw_for(asked.seed, number)), len(next(iter(batch.values())))
+            for i, (mine, (outputs, weights)) in enumerate(zip(sums, watched, strict=True)):
                 mine.samples += size
-                for site, found in unit_gradients(outputs, weights, inputs, sites, size, keep=i + 1 < len(asked)):
+                for site, found in unit_gradients(outputs, weights, inputs, sites, size, keep=i + 1 < kinds):
                     mine.add(site, found)
-    return sums
+    return [mine.over(ranks) for mine in sums]
 
 
 def noise(like: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
