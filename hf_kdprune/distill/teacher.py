@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..layers import inputs_of
@@ -82,9 +83,50 @@ def placed(teacher: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return (teacher if fixed else teacher.to(device)).eval()
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` that never trains."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def frozen_copy(model: PreTrainedModel, replaced: Collection[str] = (), written: Collection[str] = ()) -> PreTrainedModel:
+    """A copy of `model` that never trains, and has in common with it the memory of all that nobody will write to.
+
+    Memory is shared by parameters that are frozen and stay as they are (embeddings, the base under adapters), by those in whose
+    place surgery puts others, and by buffers that are no part of a checkpoint, which are constants. All else is copied: what
+    trains, what repair refits, what an adapter can be merged into, and buffers that are saved, since batch norms write there.
+
+    The copy has parameters of its own: what is made smaller, moved or cast in one model is not in the other (as FSDP, DDP and
+    DeepSpeed do with the student, which they never write to where it is frozen). Who unfreezes a parameter later, or writes
+    into one by hand, does so in both, unless `separate` was called in between, as KDPruneTrainer.train does before it trains.
+
+    A student with adapters is not its own teacher with the adapters off: its base is cut, and with it go the units that the
+    teacher has and the student has not. Only what surgery leaves can be in common.
+
+    Args:
+        model: The student as it is.
+        replaced: Names of parameters that surgery is about to replace in `model`, not to write into.
+        written: Names of parameters that are about to be written in place, though they are frozen.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    own = {id(p) for name, p in named if not (name in replaced or stays(name, p, written))}
+    saved = {id(t) for t in model.state_dict(keep_vars=True).values()}
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for _, p in named if id(p) not in own}
+    shared |= {id(b): b.detach() for b in model.buffers() if id(b) not in saved}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)  # what stands in the memo is taken for the copy
+
+
+def stays(name: str, parameter: nn.Parameter, written: Collection[str]) -> bool:
+    """Whether nobody will write into a parameter, not even by merging the adapters of PEFT; `written` as above."""
+    ordinary = type(parameter) is nn.Parameter  # one that is quantised is more than its storage
+    return ordinary and not parameter.requires_grad and name not in written and ".base_layer." not in name
+
+
+def separate(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Give the teacher memory of its own wherever the student trains in memory that they share.
+
+    Args:
+        teacher: As `frozen_copy` made it; another model shares nothing, and stays as it is.
+        student: About to be trained.
+    """
+    trained = {p.data_ptr() for p in student.parameters() if p.requires_grad and p.numel()}
+    for parameter in teacher.parameters():
+        if parameter.data_ptr() in trained:
+            parameter.data = parameter.data.clone()
 
 
 @torch.no_grad()

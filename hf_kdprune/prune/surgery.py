@@ -121,6 +121,13 @@ def check_plan(sites: Sites, plan: Plan) -> None:
             )
 
 
+def changes(model: nn.Module, sites: Sites) -> tuple[set[str], set[str]]:
+    """Names of the parameters in whose place surgery puts others, and of those that repair writes into."""
+    consumers = tuple(f"{consumer}." for site in sites for consumer in site.consumers)
+    written = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(consumers)}
+    return {cut.name for site in sites for cut in site.cuts}, written
+
+
 @contextmanager
 def gated(model: PreTrainedModel, plan: Plan, sites: Sites | None = None) -> Iterator[None]:
     """Within the context, the gates of the units that `plan` removes are 0; the weights are untouched."""

@@ -45,16 +45,16 @@ def in_float32(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[dict[str,
     def named() -> dict[str, Tensor]:
         return dict([*model.named_parameters(), *model.named_buffers()])
 
-    types = {name: t.dtype for name, t in named().items() if half(t)}
+    before = {name: (t, t.data) for name, t in named().items() if half(t)}
     try:
-        for name, t in named().items():
-            if name in types:
-                t.data = t.data.float()
-        yield {name: t.float() if types and half(t) else t for name, t in batch.items()}
+        for t, data in before.values():
+            t.data = data.float()
+        yield {name: t.float() if before and half(t) else t for name, t in batch.items()}
     finally:
         for name, t in named().items():
-            if name in types:
-                t.data = t.data.to(types[name])
+            if name in before:  # what is no other parameter has its memory again, which a teacher may share
+                same, data = before[name]
+                t.data = data if t is same else t.data.to(data.dtype)
 
 
 def half(tensor: Tensor) -> bool:
