@@ -10,25 +10,44 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from .distill import trained_only
 from .distill.teacher import frozen_copy
 from .layers import match_layers
 from .prune.discovery import find_sites
 from .prune.fingerprint import fingerprint
 from .prune.repair import SiteRepair
 from .prune.sites import Plan
-from .prune.surgery import apply_plan
+from .prune.surgery import apply_plan, changes
+from .publish.checkpoint import save_pretrained
+from .publish.whole import BEFORE, PLAN, STATE, last_whole, sweep, why_broken
+from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
 STATE_VERSION = 1
-STATE = "kdprune_state.json"
-BEFORE = "kdprune_before.safetensors"
 # What made the plan so far, and what will make the rest of it.
 ALWAYS = ("budget", "schedule", "seed", "data_seed")
 WHILE_PRUNING = ("importance", "repair", "shapes", "round_to", "keep", "least", "calibration_samples")
+
+
+def write_checkpoint(trainer: Trainer, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+    """Write the model, without the card and the check that a final save has, and what else resuming needs of this package.
+
+    Args:
+        trainer: A KDPruneTrainer.
+        folder: Of the checkpoint.
+        state_dict: The weights, where the model is sharded; None: they are the model's.
+    """
+    model = trainer.model if trainer.bare is None else trainer.bare
+    save_pretrained(model, folder, trainer.processing_class, verify=False, state_dict=state_dict)
+    trained_only.save(model.state_dict() if state_dict is None else state_dict, folder)
+    save_state(trainer, folder)
+    torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
 
 
 def save_state(trainer: Trainer, folder: Path) -> None:
@@ -76,6 +95,27 @@ def samples_per_step(trainer: Trainer) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
+def checkpoint_of(trainer: Trainer, asked: str | bool | None) -> str | None:
+    """The checkpoint to go on from; None to start anew.
+
+    Args:
+        trainer: Whose output directory is looked at.
+        asked: A folder, or True for the last whole one.
+
+    Raises:
+        ValueError: There is none, or that one is not whole.
+    """
+    if trainer.args.should_save:
+        sweep(trainer.args.output_dir)
+    if asked is True:
+        return last_whole(trainer.args.output_dir)
+    if asked and (why := why_broken(asked)):
+        raise ValueError(
+            f"resuming needs a whole training checkpoint; of {asked}, {why}: name another, or say True"
+        )
+    return asked or None
+
+
 def restore(trainer: Trainer, checkpoint: str) -> None:
     """Bring the student into the shapes of a checkpoint, and the run to where it was; weights and optimizer load later.
 
@@ -89,7 +129,7 @@ def restore(trainer: Trainer, checkpoint: str) -> None:
     folder, course = Path(checkpoint), trainer.course
     state = read_state(folder)
     check_state(trainer, state, folder)
-    plan = Plan.load(folder / "plan.json")
+    plan = Plan.load(folder / PLAN)
     if trainer.plan is None:
         replay(trainer, plan, folder)
     elif trainer.plan.kept != plan.kept:
@@ -113,8 +153,9 @@ def replay(trainer: Trainer, plan: Plan, folder: Path) -> None:
             f"a training resumes from the student with which it began; {folder} began with the weights {plan.weights[:12]}..., "
             f"and the model has {mine[:12]}...: give KDPruneTrainer the model that the interrupted run was given"
         )
-    original = frozen_copy(model)
-    trainer.matches = match_layers(model, trainer.teacher, data, trainer.args.layer_map)
+    original = frozen_copy(model, *changes(model, sites))
+    ranks = Ranks.of(trainer.accelerator)
+    trainer.matches = match_layers(model, trainer.teacher, data, trainer.args.layer_map, ranks)
     apply_plan(model, plan, data[0])
     trainer.teacher, trainer.plan, trainer.lesson.matches = trainer.teacher or original, plan, trainer.matches
 

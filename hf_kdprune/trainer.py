@@ -13,11 +13,13 @@ from transformers import PreTrainedModel, Trainer
 
 from . import training
 from .config import KDPruneConfig
+from .course import StageEnd, at_once, check_schedule, course_of
 from .distill import trained_only
 from .distill.first_loss import FirstLoss, check_lesson
 from .distill.rows import ROW, CollateWithRows
 from .distill.teacher import check_teacher, placed, with_labels_of
 from .inputs import completed
+from .interrupts import advice
 from .layers import LayerMatch, match_layers
 from .metrics import check_metric, report_of
 from .prune.discovery import find_sites
@@ -26,9 +28,10 @@ from .prune.schedule import check_budget, restate
 from .prune.sites import Plan
 from .publish import hub
 from .publish.checkpoint import check_writable, save_pretrained
-from .publish.checkpoint import last_checkpoint as last_whole
-from .resume import restore, save_state, whole_or_gone
+from .ranks import Ranks
+from .resume import checkpoint_of, restore, whole_or_gone, write_checkpoint
 from .samples import by_length, check_labels, divided, split
+from .sharding import as_it_is, check_sharding
 from .teaching import live
 
 Batch = dict[str, Tensor]
@@ -79,6 +82,7 @@ class KDPruneTrainer(Trainer):
         train_dataset, held_out, self._judging = divided(train_dataset, args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer)
         check_metric(self)
+        check_sharding(self)
         self.model_accepts_loss_kwargs = False  # so that the Trainer hands no global count to a mean
         self.teacher = None if teacher is None else placed(teacher, args.device)
         self._begin(held_out)
@@ -101,8 +105,8 @@ class KDPruneTrainer(Trainer):
         check_budget(self.model, self.calibration, args.pruning())
         head = check_lesson(self.model, self.teacher, self.calibration[0], self.objective, args.layer_map)
         self.lesson = FirstLoss(head, self._task, self.compute_loss_func is not None, live(self))
-        self.add_callback(training.StageEnd(self))
-        training.check_schedule(self)
+        self.add_callback(StageEnd(self))
+        check_schedule(self)
 
     def batches_of(self, dataset: object) -> list[Batch]:
         """All of a small data set, collated as for training, the same on every rank."""
@@ -146,8 +150,9 @@ class KDPruneTrainer(Trainer):
             plan = self.propose()
         else:
             restate(plan, self.model, self.calibration[0])
-            self.matches = match_layers(self.model, self.teacher, self.calibration, self.args.layer_map)
-        self.course = training.at_once(self)
+            ranks = Ranks.of(self.accelerator)
+            self.matches = match_layers(self.model, self.teacher, self.calibration, self.args.layer_map, ranks)
+        self.course = at_once(self)
         training.cut(self, plan)
         return plan
 
@@ -163,15 +168,13 @@ class KDPruneTrainer(Trainer):
             FloatingPointError: The first loss is NaN or infinite.
             SystemExit: Code 143: a SIGTERM came; a checkpoint was saved.
         """
-        checkpoint = last_whole(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint or None
+        checkpoint = checkpoint_of(self, resume_from_checkpoint)
         if self.plan is None:
-            self.course = training.course_of(self)
+            self.course = course_of(self)
         if checkpoint:
             restore(self, checkpoint)
-        try:
+        with advice(self):
             output = training.train_in_stages(self, functools.partial(super().train, **trainer), checkpoint)
-        finally:
-            trained_only.detach(self.model)
         training.keep_the_better(self)
         return output
 
@@ -217,7 +220,8 @@ class KDPruneTrainer(Trainer):
         """As Trainer's; with evaluate_terms the metrics hold each term: eval_loss_task, and so on."""
         asked = self.args.evaluate_terms and self.plan and metric_key_prefix.startswith("eval")  # before, nobody teaches
         self.lesson.evaluated = [] if asked else None
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with as_it_is(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics.update({f"{metric_key_prefix}_loss_{name}": v for name, v in self.lesson.means().items()})
         return output
 
@@ -247,18 +251,16 @@ class KDPruneTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a training checkpoint: the model without card or check, which a final save has."""
-        folder = Path(output_dir or self.args.output_dir)
-        save_pretrained(self.model, folder, self.processing_class, verify=False, state_dict=state_dict)
-        trained_only.save(self.model, folder)
-        save_state(self, folder)
-        torch.save(self.args, folder / "training_args.bin")
+        """Write a training checkpoint, from one process; of a model that is sharded, `state_dict` has the weights."""
+        if self.args.should_save:
+            write_checkpoint(self, Path(output_dir or self.args.output_dir), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """As Trainer's, and what trains with the student; after a stage the model in memory is ahead of its checkpoint."""
         if self.course.optimizer is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            trained_only.load(self.model, resume_from_checkpoint)
+            if not self.is_fsdp_enabled:  # there it lies among the weights
+                trained_only.load(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer's; after a stage the optimizer's state is cut along."""

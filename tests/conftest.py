@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
+from small import trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_kdprune.demo.data import BANKING77, minilm
@@ -123,6 +124,16 @@ def banking():
         parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         options = {"padding": True, "truncation": True, "max_length": 32, "return_tensors": "pt"}
         return [dict(tokenizer(part, **options)) for part in parts]
+
+    return build
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Build a trainer of the tiny classifier, see `small.trainer`; its output directory is new unless given."""
+
+    def build(output=None, **settings):
+        return trainer(output or tmp_path / "out", **settings)
 
     return build
 

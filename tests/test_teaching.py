@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import rows, tiny_bert
 from tasks import collate, rows_of, trainer_of
-from test_trainer import make, rows, tiny_bert, tokenizer  # noqa: F401  (fixtures)
 from transformers import TrainerCallback
 
 from hf_kdprune.distill.teacher import with_labels_of

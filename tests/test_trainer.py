@@ -8,90 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from families import build
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, TrainerCallback
+from small import logits, rows, tiny_bert
+from transformers import TrainerCallback
 
-from hf_kdprune import KDPruneConfig, KDPruneTrainer, Plan, find_sites, load_pretrained
+from hf_kdprune import Plan, find_sites, load_pretrained
 from hf_kdprune.prune import latency
 from hf_kdprune.prune.importance import mean_length
 from hf_kdprune.prune.judge import feature_error
-
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(95))]
-
-
-def tiny_bert(layers=2, hidden=32, labels=("bad", "good"), vocab=100, seed=0, spread=0.02):
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        initializer_range=spread,
-        id2label=dict(enumerate(labels)),
-        label2id={name: i for i, name in enumerate(labels)},
-    )
-    return BertForSequenceClassification(config)
-
-
-def rows(count=96, labelled=True, seed=0):
-    """Sentences whose label is whether the second token is in the upper half of the vocabulary."""
-    draw = np.random.default_rng(seed)
-    ids = [[2, *draw.integers(5, 100, draw.integers(3, 12)).tolist(), 3] for _ in range(count)]
-    data = {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids]}
-    if labelled:
-        data["label"] = [int(i[1] > 52) for i in ids]
-    return Dataset.from_dict(data)
-
-
-def accuracy(predicted):
-    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
-    return BertTokenizerFast(str(tmp_path / "vocab.txt"))
-
-
-@pytest.fixture
-def make(tmp_path, tokenizer):
-    """Build a trainer; keyword arguments are the trainer's or KDPruneConfig's fields."""
-
-    def build(
-        model=None, teacher=None, train_dataset=None, output=None, callbacks=None, metrics=accuracy, loss=None, **settings
-    ):
-        defaults = {
-            "output_dir": str(output or tmp_path / "out"),
-            "per_device_train_batch_size": 8,
-            "num_train_epochs": 1,
-            "logging_steps": 2,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        return KDPruneTrainer(
-            tiny_bert() if model is None else model,
-            KDPruneConfig(**{**defaults, **settings}),
-            teacher=teacher,
-            train_dataset=rows() if train_dataset is None else train_dataset,
-            eval_dataset=rows(32, seed=1),
-            processing_class=tokenizer,
-            compute_metrics=metrics,
-            callbacks=callbacks,
-            compute_loss_func=loss,
-        )
-
-    return build
-
-
-def logits(model, ids=((2, 10, 20, 3), (2, 60, 70, 3))):
-    model.eval()
-    with torch.no_grad():
-        return model(torch.tensor(ids, device=model.device)).logits.cpu()
 
 
 def test_train_makes_the_model_smaller_and_logs_each_term(make):

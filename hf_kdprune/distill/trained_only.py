@@ -7,13 +7,13 @@ Checkpoints of the training hold them in a file of their own, so that resuming i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -81,9 +81,9 @@ def detach(model: nn.Module) -> None:
         hook.remove()
 
 
-def save(model: nn.Module, folder: Path) -> None:
-    """Write it into a training checkpoint, where there is any."""
-    mine = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name.startswith(PREFIXES)}
+def save(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what of the student's weights it is into a training checkpoint, where there is any."""
+    mine = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith(PREFIXES)}
     if mine:
         save_file(mine, folder / FILE)
 

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1]
 PUSH = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from test_trainer import VOCAB, logits, rows, tiny_bert
+from small import VOCAB, logits, rows, tiny_bert
 from transformers import BertTokenizerFast
 from hf_kdprune import KDPruneConfig, KDPruneTrainer
 open("vocab.txt", "w").write("\\n".join(VOCAB))

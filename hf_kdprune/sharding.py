@@ -1,0 +1,112 @@
+"""Keeps a model whole where a Trainer would wrap, shard or mark it: before training and after it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from .distill.teacher import placed
+
+MARK = "_is_accelerate_prepared"
+
+
+def check_sharding(trainer: Trainer) -> None:
+    """Raise unless the student is whole on each process until it was pruned; bring it to the device where nobody else does.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed is set otherwise.
+    """
+    trainer.bare = None  # what it is called while a model without weights stands for the one that is sharded
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version must be 2, got {plugin.fsdp_version}: take scripts/accelerate/fsdp2.yaml")
+    if plugin is not None and "FULL" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp_state_dict_type must be FULL_STATE_DICT, so that any checkpoint can be loaded; got {plugin.state_dict_type}"
+        )
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading must be false: with it only the first process has weights, and every process ranks"
+        )
+    if any(hasattr(p, "ds_id") for p in trainer.model.parameters()):
+        raise ValueError(
+            "the model must be whole when it is pruned, and DeepSpeed ZeRO-3 partitioned it while it was loaded: set "
+            "zero3_init_flag to false (scripts/accelerate/zero3.yaml), or load it before KDPruneConfig is made"
+        )
+    if shards(trainer) and hasattr(trainer.model, "get_base_model"):
+        raise ValueError("FSDP and ZeRO-3 train a model without adapters, got one of PEFT: merge them, or take DDP or ZeRO-2")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        placed(trainer.model, trainer.args.device)
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether no process has all weights while it trains."""
+    return trainer.is_fsdp_enabled or (
+        trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
+
+
+@contextmanager
+def as_it_is(trainer: Trainer) -> Iterator[None]:
+    """Evaluate in this block without preparing the model for it, unless it is being trained.
+
+    Accelerate marks a model that is evaluated as prepared, and then no longer wraps it for training: the ranks would train each
+    its own model, apart. FSDP and DeepSpeed would want an optimizer.
+
+    Args:
+        trainer: Whose model is evaluated, or another one that stands in for it.
+    """
+    if trainer.is_in_train:
+        yield
+        return
+    model, accelerator = trainer.model, trainer.accelerator
+    sharded, marked = (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled), MARK in vars(model)
+    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+    try:
+        yield
+    finally:
+        trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = sharded
+        if not marked and vars(model).pop(MARK, False):
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # and no longer in mixed precision by itself
+            accelerator._models = [m for m in accelerator._models if m is not model]
+
+
+@contextmanager
+def whole_afterwards(trainer: Trainer) -> Iterator[None]:
+    """Train in this block; if that shards the model, the trainer has it whole again afterwards, on every process."""
+    if not shards(trainer):
+        yield
+        return
+    trainer.bare = without_weights(trainer.model)
+    yield
+    model, state = trainer.bare, whole_state(trainer)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    trainer.optimizer = trainer.lr_scheduler = trainer.bare = None
+    trainer.accelerator.free_memory()
+    model.load_state_dict({name: tensor.to(types[name]) for name, tensor in state.items()}, assign=True)
+    model.tie_weights()
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model.to(trainer.args.device)
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with parameters that have shapes only; sharding changes the classes of the model itself."""
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, empty)  # what stands in the memo is taken for the copy
+
+
+def whole_state(trainer: Trainer) -> dict[str, Tensor]:
+    """All weights of a sharded model, on every process."""
+    model = trainer.model
+    if trainer.is_fsdp_enabled:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(list(model.parameters())):
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
