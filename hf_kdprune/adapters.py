@@ -1,7 +1,7 @@
 """Students with adapters (PEFT) in training checkpoints.
 
-The model in a checkpoint is an ordinary one that anybody loads, with the adapters merged into its weights. Training cannot go on
-from that: the sum does not tell what of it is base and what adapter. So the two lie beside it, apart.
+The model in a checkpoint is an ordinary one that anybody loads, with the adapters merged into its weights. Training cannot go
+on from that: the sum does not tell what of it is base and what adapter. So the two lie beside it, apart.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def load(model: nn.Module, folder: str | Path) -> bool:
     if mine != {name: tensor.shape for name, tensor in found.items()}:
         odd = sorted(mine.items() ^ {(name, tensor.shape) for name, tensor in found.items()})
         raise ValueError(
-            f"a training resumes with the adapters that it had; {file} {'differs in' if found else 'is not there, and has not'} "
-            f"{odd[0][0]}{f' and {len(odd) - 1} others' if odd[1:] else ''}: wrap the student by the same PEFT config"
+            f"a training resumes with the adapters that it had; {file} "
+            f"{'differs in' if found else 'is not there, and has not'} {odd[0][0]}{f' and {len(odd) - 1} others' if odd[1:] else ''}: wrap the student by the same PEFT config"
         )
     model.load_state_dict(found, strict=False)  # what trains beside the student has a file of its own
     return True

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from .inputs import at_length
 from .prune.budget import Budget
 from .prune.judge import Judge, feature_judge, metric_judge
-from .publish.checkpoint import load_line
+from .publish.checkpoint import load_line, merged
 from .publish.report import SETTINGS, Report, costs, dataset_facts, model_facts
 
 NO_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -90,20 +90,21 @@ def report_of(trainer: Trainer, output_dir: str) -> dict:
     trainer._metrics.setdefault("pruned", trainer._metrics["compact"])
     if not trainer.args.should_save:
         return {}
+    teacher, compact = merged(trainer.teacher), merged(trainer.model)
     rows = len(trainer.train_dataset) + trainer._held_out_rows
     evaluated = len(trainer.eval_dataset) if isinstance(trainer.eval_dataset, Sized) else 0
     return Report(
         name=Path(output_dir).resolve().name,
-        model={**model_facts(trainer.model, trainer.teacher), **trainer.about.get("model", {})},
+        model={**model_facts(compact, teacher), **trainer.about.get("model", {})},
         dataset={**dataset_facts(rows, evaluated), **trainer.about.get("dataset", {})},
         metrics={name: trainer._metrics[name] for name in ("teacher", "pruned", "compact")},
-        **costs(trainer.teacher, trainer.model, at_length(trainer.calibration[0], trainer.plan.budget["seq_len"])),
+        **costs(teacher, compact, at_length(trainer.calibration[0], trainer.plan.budget["seq_len"])),
         budget=trainer.plan.budget,
         seeds={"seed": trainer.args.seed, "data_seed": trainer.args.pruning().seed},
         loss=[entry for entry in trainer.state.log_history if "loss" in entry],
         recovery=trainer.recovery,
         repair=[vars(r) for r in trainer.repairs],
         settings={name: getattr(trainer.args, name) for name in SETTINGS},
-        load=load_line(trainer.model, output_dir),
+        load=load_line(compact, output_dir),
         **{k: v for k, v in trainer.about.items() if k in ("example", "command")},
     ).to_json()

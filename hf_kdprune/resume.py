@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from . import adapters
 from .distill import trained_only
 from .distill.teacher import frozen_copy
 from .layers import match_layers
@@ -46,6 +47,7 @@ def write_checkpoint(trainer: Trainer, folder: Path, state_dict: dict[str, Tenso
     model = trainer.model if trainer.bare is None else trainer.bare
     save_pretrained(model, folder, trainer.processing_class, verify=False, state_dict=state_dict)
     trained_only.save(model.state_dict() if state_dict is None else state_dict, folder)
+    adapters.save(model, folder)
     save_state(trainer, folder)
     torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
 
@@ -110,9 +112,7 @@ def checkpoint_of(trainer: Trainer, asked: str | bool | None) -> str | None:
     if asked is True:
         return last_whole(trainer.args.output_dir)
     if asked and (why := why_broken(asked)):
-        raise ValueError(
-            f"resuming needs a whole training checkpoint; of {asked}, {why}: name another, or say True"
-        )
+        raise ValueError(f"resuming needs a whole training checkpoint; of {asked}, {why}: name another, or say True")
     return asked or None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
-from . import training
+from . import adapters, training
 from .config import KDPruneConfig
 from .course import StageEnd, at_once, check_schedule, course_of
 from .distill import trained_only
@@ -258,7 +258,8 @@ class KDPruneTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """As Trainer's, and what trains with the student; after a stage the model in memory is ahead of its checkpoint."""
         if self.course.optimizer is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not adapters.load(self.model, resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             if not self.is_fsdp_enabled:  # there it lies among the weights
                 trained_only.load(self.model, resume_from_checkpoint)
 
@@ -269,7 +270,7 @@ class KDPruneTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """As Trainer's, of those that have the final shape."""
-        if self.course.finished:
+        if self.course.finished and not adapters.load(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:

@@ -63,9 +63,7 @@ def save_pretrained(
     """
     path = Path(path)
     check_writable(path.parent)
-    if hasattr(model, "get_base_model"):  # the checkpoint is an ordinary one: adapters go into the weights
-        plan, model = getattr(model, "kdprune_plan", None), copy.deepcopy(model).merge_and_unload()
-        model.kdprune_plan = plan
+    model = merged(model)
     auto = auto_class(model)
     with staged(path) as folder:
         write_model(model, folder, auto, **options)
@@ -77,6 +75,15 @@ def save_pretrained(
         if verify:
             verify_checkpoint(model, folder, auto)
     return load_line(model, str(path))
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is published: with adapters of PEFT a copy in whose weights they are, else the model itself."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    plain = copy.deepcopy(model).merge_and_unload()
+    plain.kdprune_plan = getattr(model, "kdprune_plan", None)
+    return plain
 
 
 def write_model(
