@@ -41,9 +41,10 @@ def load(model: nn.Module, folder: str | Path) -> bool:
     mine = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.startswith(PREFIXES)}
     if mine != {name: tensor.shape for name, tensor in found.items()}:
         odd = sorted(mine.items() ^ {(name, tensor.shape) for name, tensor in found.items()})
+        said = "differs in" if found else "is not there, and has not"
         raise ValueError(
-            f"a training resumes with the adapters that it had; {file} "
-            f"{'differs in' if found else 'is not there, and has not'} {odd[0][0]}{f' and {len(odd) - 1} others' if odd[1:] else ''}: wrap the student by the same PEFT config"
+            f"a training resumes with the adapters that it had; {file} {said} {odd[0][0]} (one of {len(odd)}): wrap the student "
+            "by the same PEFT config"
         )
     model.load_state_dict(found, strict=False)  # what trains beside the student has a file of its own
     return True
