@@ -222,7 +222,7 @@ class KDPruneTrainer(Trainer):
         self.lesson.evaluated = [] if asked else None
         with as_it_is(self):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_loss_{name}": v for name, v in self.lesson.means().items()})
+        output.metrics.update({f"{metric_key_prefix}_loss_{name}": v for name, v in self.lesson.means(self.accelerator).items()})
         return output
 
     def report(self, output_dir: str) -> dict:

@@ -145,11 +145,14 @@ class FirstLoss:
         terms, _ = self.terms(model, plain, batch, objective, self.count(plain, [batch]))
         self.evaluated.append((len(next(iter(batch.values()))), {name: float(value) for name, value in terms.items()}))
 
-    def means(self) -> dict[str, float]:
-        """The mean over samples of each term of an evaluation; {} where it was not asked for."""
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The mean over the samples of all ranks of each term of an evaluation; {} where it was not asked for."""
         found, self.evaluated = self.evaluated or [], None
-        total = sum(samples for samples, _ in found)
-        return {name: sum(n * terms[name] for n, terms in found) / total for name in (found[0][1] if found else ())}
+        if not found:
+            return {}
+        sums = torch.tensor([[n, *(n * value for value in terms.values())] for n, terms in found]).sum(0)
+        total, *parts = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        return {name: part / total for name, part in zip(found[0][1], parts, strict=True)}
 
 
 def check_lesson(
