@@ -25,7 +25,7 @@ from .course import Course
 from .distill import trained_only
 from .distill.teacher import frozen_copy, separate
 from .interrupts import until_sigterm
-from .layers import match_layers
+from .layers import LayerMatch, match_layers
 from .metrics import judge_of, measured_on
 from .prune.budget import Budget
 from .prune.discovery import find_sites
@@ -53,7 +53,7 @@ def train_in_stages(trainer: Trainer, train: Train, checkpoint: str | None) -> o
         advance(trainer)
     trainer.lesson.teach = cached(trainer) if trainer.args.teacher_cache else live(trainer)
     with whole_afterwards(trainer):
-        trained_only.attach(trainer.model, trainer.teacher, trainer.calibration, trainer.lesson, trainer.objective)
+        trained_only.attach(trainer.model, trainer.teacher, trainer.calibration, trainer.lesson, trainer.loss_terms)
         try:
             return train_on(trainer, train, checkpoint)
         finally:
@@ -79,7 +79,12 @@ def train_on(trainer: Trainer, train: Train, checkpoint: str | None) -> object:
             advance(trainer)
             judge_before(trainer)
             return output
-        checkpoint, loaded = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}", True
+        checkpoint, loaded = f"{run_dir(trainer)}/checkpoint-{trainer.state.global_step}", True
+
+
+def run_dir(trainer: Trainer) -> str:
+    """Where the checkpoints of this training are: each trial of a hyperparameter search has a folder of its own."""
+    return trainer._get_output_dir(trainer._trial)
 
 
 def step_of(checkpoint: str) -> int:
@@ -114,11 +119,12 @@ def advance(trainer: Trainer, checkpoint: str | None = None) -> None:
         return
     model = trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     left = Left(course.sites, trainer.plan)
-    plan = plan_further(model, trainer.teacher, data, trainer.matches, pruning, left)
+    itself = match_layers(model, None, data, [[m.student, m.student] for m in trainer.matches], pruning.ranks)
+    plan = plan_further(model, data, itself, pruning, left)
     sites = find_sites(model, data[0])
     here = from_here(plan, left.plan, sites)
     cuts, before = cuts_of(model, sites, here), shapes_of(new_optimizer(trainer), model)
-    cut(trainer, here)
+    cut(trainer, here, itself)
     model.kdprune_plan = trainer.plan = plan
     fresh = new_optimizer(trainer)
     if checkpoint is not None:
@@ -143,8 +149,13 @@ def first_plan(trainer: Trainer, pruning: Pruning) -> Plan:
     return broadcast_object_list([plan])[0] if measured else plan  # ranks may measure other figures
 
 
-def cut(trainer: Trainer, plan: Plan) -> None:
+def cut(trainer: Trainer, plan: Plan, itself: list[LayerMatch] | None = None) -> None:
     """Surgery and repair, on all ranks alike.
+
+    Args:
+        trainer: Its model is smaller afterwards.
+        plan: What stays of it.
+        itself: Of a later stage, the layers by which the student was ranked against itself.
 
     Raises:
         RuntimeError: The smaller model would not equal the gated one, or two ranks made different plans.
@@ -155,7 +166,8 @@ def cut(trainer: Trainer, plan: Plan) -> None:
     model, data = trainer.model, trainer.calibration
     original = frozen_copy(model, *changes(model, trainer.course.sites))
     trainer.repairs = realise(model, original, data, plan, trainer.args.pruning())
-    report_losses(trainer.repairs, original, trainer.teacher, data, plan, trainer.matches)
+    against = (trainer.teacher, data, plan, trainer.matches) if itself is None else (None, data, plan, itself)
+    report_losses(trainer.repairs, original, *against)
     trainer.teacher, trainer.plan, trainer.lesson.matches = trainer.teacher or original, plan, trainer.matches
     trainer.course.done += 1
 
@@ -187,4 +199,4 @@ def keep_the_better(trainer: Trainer) -> None:
     trainer._metrics.pop("compact", None)
     if trainer.args.save_strategy == SaveStrategy.NO and trainer.args.should_save:
         for step in course.steps[1:]:  # only the stages needed them
-            shutil.rmtree(Path(trainer.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)
+            shutil.rmtree(Path(run_dir(trainer), f"checkpoint-{step}"), ignore_errors=True)

@@ -197,7 +197,7 @@ def test_a_further_plan_keeps_some_of_what_is_left(tiny, ragged):
     first = Plan.random(sites, "macs=0.6")
     apply_plan(model, first, batches[0])
     matches = match_layers(teacher, None, batches, "auto")
-    plan = plan_further(model, teacher, batches, matches, Pruning("macs=0.4"), Left(sites, first))
+    plan = plan_further(model, batches, matches, Pruning("macs=0.4"), Left(sites, first))
     assert all(set(plan.kept[name]) <= set(kept) for name, kept in first.kept.items())
     assert 0.3 < plan.budget["reached"] <= 0.4
     here = from_here(plan, first, find_sites(model, batches[0]))

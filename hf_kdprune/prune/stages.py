@@ -71,25 +71,23 @@ def stage_steps(stages: int, steps: int) -> list[int]:
 
 
 def plan_further(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batches: Sequence[dict[str, Tensor]],
-    matches: list[LayerMatch],
-    pruning: Pruning,
-    left: Left,
+    model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], matches: list[LayerMatch], pruning: Pruning, left: Left
 ) -> Plan:
     """Rank what an earlier stage left, and plan for more to go; nothing is changed.
 
+    Units count by how far the features would move from where they are, not by how far from the teacher's: the slope towards
+    those, which the training is there to follow, is noise beside the curvature (MiniLM on SST-2 in 4 rounds to a quarter of its
+    MACs, no training: feature loss .206 so, .300 with the slope).
+
     Args:
         model: The student as it is now.
-        teacher: The teacher.
         batches: Calibration inputs.
-        matches: Which student layer learns from which teacher layer.
+        matches: The layers that count, each with itself.
         pruning: The settings, with the budget of this stage.
         left: What the earlier stages left of the model as it was given.
     """
     asked = {"matches": matches, "seed": pruning.seed, "ranks": pruning.ranks}
-    now = score_units(model, teacher, batches, pruning.importance, **asked)
+    now = score_units(model, None, batches, pruning.importance, **asked)
     plan = make_plan(model, in_given_units(now, left, stock_kinds(model, now.sites)), batches, pruning)
     return replace(plan, weights=left.plan.weights)
 
