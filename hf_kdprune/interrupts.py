@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from .publish.whole import newest
@@ -106,7 +106,7 @@ class StopAtSigterm(TrainerCallback):
 
     def on_train_begin(self, args: object, state: object, control: object, **rest: object) -> None:
         """Let the workers of the data loader outlive a SIGTERM that goes to the whole process group, as torchrun's does."""
-        loader = rest["train_dataloader"]
+        loader = getattr(rest["train_dataloader"], "base_dataloader", rest["train_dataloader"])  # accelerate wraps it
         if isinstance(loader, DataLoader) and loader.num_workers:
             loader.worker_init_fn = functools.partial(outlive, loader.worker_init_fn)
 
@@ -153,9 +153,19 @@ def advice(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        what = f"{type(error).__name__}: {error}".rstrip(": ")
-        say_how_to_go_on(trainer, what, logging.ERROR)
+        if trainer._trial is None:  # one of a hyperparameter search is not gone on with
+            say_how_to_go_on(trainer, told(error, trainer.args), logging.ERROR)
         raise
+
+
+def told(error: BaseException, args: TrainingArguments) -> str:
+    """What an exception says, and what it means where it does not say that."""
+    said = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+    if "inline_container" in said or "PytorchStreamWriter" in said:
+        return f"{said} (torch says so where a file could not be written; a full disk, or the limit of a file's size)"
+    if isinstance(error, (ConnectionError, EOFError)) and args.dataloader_num_workers:
+        return f"{said} (a worker of the data loader may have died)"
+    return said
 
 
 def say_how_to_go_on(trainer: Trainer, what: str, level: int) -> None:

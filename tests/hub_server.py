@@ -38,7 +38,7 @@ class Reply(Exception):
 
     def __init__(self, body: bytes | dict | list = b"", status: int = 200, **headers: str):
         super().__init__(status, body)
-        self.body, self.status = body, status
+        self.body, self.status, self.cut = body, status, None  # cut: after so many bytes of the body the line breaks
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
@@ -165,6 +165,10 @@ class HubServer:
         """Answer the next `times` matching requests with `status`; None hangs up without an answer."""
         self._faults.append({"status": status, "path": path_contains, "method": method, "times": times})
 
+    def cut_next(self, after: int, path_contains: str, times: int = 1) -> None:
+        """Hang up in the middle of the answers to the next `times` GETs of such a path, `after` bytes of the body."""
+        self._faults.append({"after": after, "path": path_contains, "method": "GET", "times": times})
+
     def answer(self, request: Request) -> Reply | None:
         """The reply to `request`, which is recorded; None to hang up."""
         with self._lock:
@@ -179,10 +183,14 @@ class HubServer:
             return reply
 
     def _route(self, request: Request) -> Reply | None:
+        cut = None
         for fault in self._faults:
             matches = fault["path"] in unquote(request.path) and fault["method"] in ("", request.method)
             if fault["times"] and matches:
                 fault["times"] -= 1
+                if "after" in fault:
+                    cut = fault["after"]
+                    break
                 return refusal(fault["status"], "A failure that was asked for") if fault["status"] else None
         if request.token and not request.token.startswith("hf_"):
             raise refusal(401, "Invalid credentials in Authorization header")
@@ -191,7 +199,9 @@ class HubServer:
             if found and request.method in methods:
                 if needs_token and not request.token:
                     raise refusal(401, "Invalid username or password.")
-                return handle(self, request, *(unquote(group or "") for group in found.groups()))
+                reply = handle(self, request, *(unquote(group or "") for group in found.groups()))
+                reply.cut = cut
+                return reply
         raise refusal(404, f"No such page: {request.method} {request.path}")
 
     def repo(self, request: Request, repo_id: str) -> Repo:
@@ -492,7 +502,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: reply.cut])
+            self.close_connection |= reply.cut is not None
 
     do_GET = do_HEAD = do_POST = do_PUT = _exchange
 

@@ -7,14 +7,16 @@ import threading
 
 import pytest
 import torch
-from small import logits
+from small import logits, tiny_bert
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
+from hf_kdprune import interrupts
 from hf_kdprune.interrupts import TERMINATED, StopAtSigterm, advice, until_sigterm, without_jit
 from hf_kdprune.publish.whole import last_whole, why_broken
 
-STEPS = {"save_strategy": "steps", "save_steps": 50, "max_steps": 6, "learning_rate": 1e-3}  # 11 steps an epoch
+HELPS = {"repair": False, "learning_rate": 1e-3}  # with these training brings back what pruning took, so that it is kept
+STEPS = {"save_strategy": "steps", "save_steps": 50, "max_steps": 6, **HELPS}  # 11 steps an epoch
 
 
 class Signalled(TrainerCallback):
@@ -49,17 +51,18 @@ def stopped(trainer):
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
 def test_the_step_ends_and_is_saved_and_the_rest_gives_the_same_model(make, tmp_path, caplog, event):
-    whole = make(output=tmp_path / "whole", **STEPS)
+    whole = make(output=tmp_path / "whole", model=tiny_bert(spread=0.2), **STEPS)
     whole.train()
+    assert whole.recovery["kept"] == "after"  # else all runs would end alike
     with caplog.at_level(logging.WARNING):
-        stopped(make(output=tmp_path / "cut", callbacks=[Signalled(event, 2)], **STEPS))
+        stopped(make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), callbacks=[Signalled(event, 2)], **STEPS))
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-3" and why_broken(checkpoint) is None
     assert (
         f"training ended at step 3 of 6 by SIGTERM; the last whole checkpoint is {checkpoint}: "
         "go on with train(resume_from_checkpoint=True)" in caplog.messages
     )
-    resumed = make(output=tmp_path / "cut", **STEPS)
+    resumed = make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), **STEPS)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
@@ -98,12 +101,13 @@ def test_the_checkpoint_of_that_step_is_written_once(make, tmp_path, monkeypatch
 
 
 def test_the_best_checkpoint_is_chosen_as_without_a_signal(make, tmp_path):
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "num_train_epochs": 2, "learning_rate": 1e-3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "num_train_epochs": 2, **HELPS}
     settings = {"eval_strategy": "epoch", "save_strategy": "epoch", **best}
-    whole = make(output=tmp_path / "whole", **settings)
+    whole = make(output=tmp_path / "whole", model=tiny_bert(spread=0.2), **settings)
     whole.train()
-    stopped(make(output=tmp_path / "cut", callbacks=[Signalled("on_step_begin", 10)], **settings))
-    resumed = make(output=tmp_path / "cut", **settings)
+    assert whole.recovery["kept"] == "after"
+    stopped(make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), callbacks=[Signalled("on_step_begin", 10)], **settings))
+    resumed = make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), **settings)
     resumed.train(resume_from_checkpoint=last_whole(tmp_path / "cut"))
     assert resumed.state.best_global_step == whole.state.best_global_step
     assert torch.equal(logits(resumed.model), logits(whole.model))
@@ -213,3 +217,19 @@ def test_advice_does_not_hide_the_fault(make, monkeypatch, caplog):
     with pytest.raises(ZeroDivisionError), advice(make()):
         raise ZeroDivisionError
     assert "it cannot be read ([Errno 13] Permission denied)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "workers", "said"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"), 0, "a full disk"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), 0, "a full disk"),
+        (ConnectionResetError(104, "Connection reset by peer"), 1, "a worker of the data loader may have died"),
+        (ConnectionResetError(104, "Connection reset by peer"), 0, None),
+        (ValueError("one\ntwo"), 0, None),
+    ],
+)
+def test_what_does_not_say_what_happened_is_explained(make, error, workers, said):
+    told = interrupts.told(error, make(dataloader_num_workers=workers).args)
+    assert told.startswith(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    assert told.endswith(str(error).splitlines()[0]) if said is None else said in told
