@@ -43,7 +43,7 @@ def load(model: nn.Module, folder: str | Path) -> bool:
         odd = sorted(mine.items() ^ {(name, tensor.shape) for name, tensor in found.items()})
         said = "differs in" if found else "is not there, and has not"
         raise ValueError(
-            f"a training resumes with the adapters that it had; {file} {said} {odd[0][0]} (one of {len(odd)}): wrap the student "
+            f"a training resumes with the adapters that it had; {file} {said} {odd[0][0]} (of {len(odd)}): wrap the student "
             "by the same PEFT config"
         )
     model.load_state_dict(found, strict=False)  # what trains beside the student has a file of its own

@@ -12,27 +12,25 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
 
 from . import adapters, training
+from .beginning import anew, begin
 from .config import KDPruneConfig
-from .course import StageEnd, at_once, check_schedule, course_of
+from .course import StageEnd, at_once, course_of
 from .distill import trained_only
-from .distill.first_loss import FirstLoss, check_lesson
 from .distill.rows import ROW, CollateWithRows
 from .distill.teacher import check_teacher, placed, with_labels_of
 from .inputs import completed
 from .interrupts import advice
-from .layers import LayerMatch, match_layers
+from .layers import match_layers
 from .metrics import check_metric, report_of
 from .prune.discovery import find_sites
-from .prune.repair import SiteRepair
-from .prune.schedule import check_budget, restate
+from .prune.schedule import restate
 from .prune.sites import Plan
 from .publish import hub
 from .publish.checkpoint import check_writable, save_pretrained
 from .ranks import Ranks
 from .resume import checkpoint_of, restore, whole_or_gone, write_checkpoint
-from .samples import by_length, check_labels, divided, split
-from .sharding import as_it_is, check_sharding
-from .teaching import live
+from .samples import by_length, divided
+from .sharding import as_it_is
 
 Batch = dict[str, Tensor]
 
@@ -52,8 +50,8 @@ class KDPruneTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: KDPruneConfig,
+        model: PreTrainedModel | None = None,
+        args: KDPruneConfig | None = None,
         *,
         teacher: PreTrainedModel | None = None,
         train_dataset: Dataset | datasets.Dataset,
@@ -62,8 +60,8 @@ class KDPruneTrainer(Trainer):
         """Check everything that can be refused before any work is done.
 
         Args:
-            model: The fine-tuned student; it is changed in place.
-            args: The settings.
+            model: The fine-tuned student; it is changed in place. None: `model_init` makes one for each training.
+            args: The settings; they must be given.
             teacher: Another model with the same labels and tokenizer; None: the student as it is now.
             train_dataset: Trains, ranks and repairs; a part is held out to judge recovery.
             **trainer: Everything else that Trainer takes.
@@ -75,38 +73,19 @@ class KDPruneTrainer(Trainer):
         if not isinstance(args, KDPruneConfig):
             raise ValueError(f"args must be a KDPruneConfig, got {type(args).__name__}: it takes the same fields")
         check_writable(args.output_dir)
-        find_sites(model)
-        if teacher is not None:
-            check_teacher(model, teacher, args.remap_labels, trainer.get("processing_class"))
-            teacher = with_labels_of(model, teacher)
-        train_dataset, held_out, self._judging = divided(train_dataset, args)
+        train_dataset, self.set_apart, self._judging = divided(train_dataset, args)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **trainer)
+        find_sites(self.model)
+        if teacher is not None:
+            check_teacher(self.model, teacher, args.remap_labels, self.processing_class)
+            teacher = placed(with_labels_of(self.model, teacher), args.device)
         check_metric(self)
-        check_sharding(self)
         self.model_accepts_loss_kwargs = False  # so that the Trainer hands no global count to a mean
-        self.teacher = None if teacher is None else placed(teacher, args.device)
-        self._begin(held_out)
-
-    def _begin(self, held_out: object) -> None:
-        """Draw the samples that judge and rank, and check them against model, teacher and budget."""
-        args, self.objective = self.args, self.args.objective()
-        self.plan: Plan | None = None
-        self.matches: list[LayerMatch] = []
-        self.repairs: list[SiteRepair] = []
-        self.recovery: dict | None = None
-        self.about: dict = {}
-        self._metrics: dict[str, dict] = {}
+        self.given_teacher, self.used, self.about, self._trial = teacher, False, {}, None
         if args.teacher_cache:
             self.data_collator = CollateWithRows(self.data_collator)
-        self._held_out, self._held_out_rows = self.batches_of(held_out), len(held_out)
-        count = min(args.calibration_samples, len(self.train_dataset))
-        self.calibration = self.batches_of(split(self.train_dataset, count, args.pruning().seed)[0])
-        check_labels(self.calibration[0], args)
-        check_budget(self.model, self.calibration, args.pruning())
-        head = check_lesson(self.model, self.teacher, self.calibration[0], self.objective, args.layer_map)
-        self.lesson = FirstLoss(head, self._task, self.compute_loss_func is not None, live(self))
         self.add_callback(StageEnd(self))
-        check_schedule(self)
+        begin(self)
 
     def batches_of(self, dataset: object) -> list[Batch]:
         """All of a small data set, collated as for training, the same on every rank."""
@@ -168,6 +147,8 @@ class KDPruneTrainer(Trainer):
             FloatingPointError: The first loss is NaN or infinite.
             SystemExit: Code 143: a SIGTERM came; a checkpoint was saved.
         """
+        if self.model_init is not None:
+            anew(self, trainer.get("trial"))
         checkpoint = checkpoint_of(self, resume_from_checkpoint)
         if self.plan is None:
             self.course = course_of(self)
@@ -176,7 +157,12 @@ class KDPruneTrainer(Trainer):
         with advice(self):
             output = training.train_in_stages(self, functools.partial(super().train, **trainer), checkpoint)
         training.keep_the_better(self)
+        self.objective = None  # a hyperparameter search judges the model that is kept, not that of the last evaluation
         return output
+
+    def call_model_init(self, trial: object = None) -> PreTrainedModel:
+        """As Trainer's; in training, which has it called again, the student that was pruned."""
+        return self.model if vars(self).get("is_in_train") else super().call_model_init(trial)
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: Batch, return_outputs: bool = False, num_items_in_batch: object = None
@@ -184,13 +170,13 @@ class KDPruneTrainer(Trainer):
         """The first loss while training; the model's own loss in evaluation, which asks no teacher unless told to."""
         if not model.training:
             if self.lesson.evaluated is not None:
-                self.lesson.evaluate(model, self.accelerator.unwrap_model(model), inputs, self.objective.judge())
+                self.lesson.evaluate(model, self.accelerator.unwrap_model(model), inputs, self.loss_terms.judge())
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         counts = num_items_in_batch if isinstance(num_items_in_batch, dict) else self.lesson.count(self.model, [inputs])
         plain = self.accelerator.unwrap_model(model)
-        terms, outputs = self.lesson.terms(model, plain, inputs, self.objective, counts)
+        terms, outputs = self.lesson.terms(model, plain, inputs, self.loss_terms, counts)
         self.lesson.log(terms)
-        loss = self.objective.total(terms) * self.accelerator.num_processes  # of whose gradients the mean is taken
+        loss = self.loss_terms.total(terms) * self.accelerator.num_processes  # of whose gradients the mean is taken
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: object, num_batches: int, device: torch.device) -> tuple[list, dict | None]:
@@ -208,7 +194,7 @@ class KDPruneTrainer(Trainer):
     def held_out_loss(self) -> float:
         """The first loss, less auxiliary classifiers, on training data that recovery does not see."""
         self.model.eval()
-        return self.lesson.whole(self.model, self._held_out, self.objective.judge())
+        return self.lesson.whole(self.model, self._held_out, self.loss_terms.judge())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term of the first loss since the last log: loss_task, loss_logits, and so on."""
@@ -222,7 +208,9 @@ class KDPruneTrainer(Trainer):
         self.lesson.evaluated = [] if asked else None
         with as_it_is(self):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update({f"{metric_key_prefix}_loss_{name}": v for name, v in self.lesson.means(self.accelerator).items()})
+        output.metrics.update(
+            {f"{metric_key_prefix}_loss_{name}": v for name, v in self.lesson.means(self.accelerator).items()}
+        )
         return output
 
     def report(self, output_dir: str) -> dict:

@@ -57,8 +57,12 @@ def tokenizer():
         return BertTokenizerFast(str(file))
 
 
-def trainer(output, model=None, teacher=None, train_dataset=None, callbacks=None, metrics=accuracy, loss=None, **settings):
-    """A trainer of the tiny classifier; `settings` are fields of KDPruneConfig."""
+TRAINER = ("callbacks", "model_init", "data_collator")  # what a Trainer takes beside its settings
+
+
+def trainer(output, model=None, teacher=None, train_dataset=None, metrics=accuracy, loss=None, **settings):
+    """A trainer of the tiny classifier; `settings` are fields of KDPruneConfig, or of TRAINER."""
+    given = {name: settings.pop(name) for name in TRAINER if name in settings}
     defaults = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 1,
@@ -69,13 +73,13 @@ def trainer(output, model=None, teacher=None, train_dataset=None, callbacks=None
         "dataloader_pin_memory": False,
     }
     return KDPruneTrainer(
-        tiny_bert() if model is None else model,
+        tiny_bert() if model is None and "model_init" not in given else model,
         KDPruneConfig(output_dir=str(output), **{**defaults, **settings}),
         teacher=teacher,
         train_dataset=rows() if train_dataset is None else train_dataset,
         eval_dataset=rows(32, seed=1),
         processing_class=tokenizer(),
         compute_metrics=metrics,
-        callbacks=callbacks,
         compute_loss_func=loss,
+        **given,
     )

@@ -81,7 +81,7 @@ def trainer_of(task: str, folder: Path, **settings: object) -> KDPruneTrainer:
         data_collator=collate,
     )
     trainer.prune()
-    trained_only.attach(trainer.model, trainer.teacher, trainer.calibration, trainer.lesson, trainer.objective)
+    trained_only.attach(trainer.model, trainer.teacher, trainer.calibration, trainer.lesson, trainer.loss_terms)
     return trainer
 
 

@@ -27,12 +27,12 @@ def agree(a, b):
 @pytest.mark.parametrize("task", TASKS)
 def test_micro_batches_give_the_gradient_of_the_batch(task, tmp_path):
     trainer = trainer_of(task, tmp_path, auxiliary_weight=float(task in CLASSIFIERS))
-    rows, whole = rows_of(task)[:8], trainer.objective
+    rows, whole = rows_of(task)[:8], trainer.loss_terms
     for term, weights in TERMS.items():
         if term == "auxiliary" and task not in CLASSIFIERS:
             continue
         for loss in ("mse", "cosine", "relations", "cka") if term == "features" else ("mse",):
-            trainer.objective = replace(whole, weights=weights, feature_loss=loss)
+            trainer.loss_terms = replace(whole, weights=weights, feature_loss=loss)
             one, two, four = (gradient(trainer, [size] * (8 // size), rows) for size in (8, 4, 2))
             agree(one, two)
             agree(one, four)
@@ -66,7 +66,7 @@ def test_the_model_s_own_loss_is_the_task_term(tmp_path):
         trainer.model.train()
         with torch.no_grad():
             terms, output = trainer.lesson.terms(
-                trainer.model, trainer.model, batch, trainer.objective, trainer.lesson.count(trainer.model, [batch])
+                trainer.model, trainer.model, batch, trainer.loss_terms, trainer.lesson.count(trainer.model, [batch])
             )
             expected = trainer.model(**batch).loss
         assert float(terms["task"]) == pytest.approx(float(expected), rel=1e-5), task

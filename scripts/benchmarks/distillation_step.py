@@ -85,12 +85,12 @@ def steps_of(task: str, folder: str, count: int) -> dict[str, Callable[[], None]
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(count), strict=False)]
     plain = [{k: v for k, v in batch.items() if k != "kdprune_row"} for batch in batches]
     stock = Trainer(student, TrainingArguments(f"{folder}/stock", **COMMON), train_dataset=train, processing_class=tokenizer)
-    from_disk, objective = cached(trainer), trainer.objective
+    from_disk, objective = cached(trainer), trainer.loss_terms
 
     def ours(features: float, given: list[Batch]) -> None:
         trainer.lesson.teach = live(trainer) if features else from_disk
         weights = {**objective.weights, "features": features}
-        trainer.objective = type(objective)(weights, objective.temperature)
+        trainer.loss_terms = type(objective)(weights, objective.temperature)
         for batch in given:
             _, counts = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
             trainer.training_step(student, dict(batch), counts)
