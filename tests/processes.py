@@ -1,4 +1,4 @@
-"""Two jobs that tests/test_distributed.py runs in two processes, by `torch.distributed.run processes.py FOLDER`.
+"""Jobs that tests/test_distributed.py runs in two processes, by `torch.distributed.run processes.py FOLDER JOB...`.
 
 Each process leaves what it found in FOLDER/JOB-RANK.pt.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from families import build
 from small import tiny_bert, trainer
 from torch import Tensor
@@ -24,6 +26,8 @@ from hf_kdprune.layers import match_layers
 from hf_kdprune.prune.importance import IMPORTANCE
 from hf_kdprune.ranks import Ranks
 
+GRADUAL = {"schedule": "gradual", "pruning_stages": 3, "max_steps": 8, "eval_strategy": "steps", "eval_steps": 2}
+ROOT = Path(__file__).parents[1]
 COUNTS = (5, 1)  # batches: unequal shares, and a process without any
 
 
@@ -91,8 +95,10 @@ def trained(folder: Path, **settings: object) -> KDPruneTrainer:
 
 def trainer_of(folder: Path, **settings: object) -> KDPruneTrainer:
     """Its trainer."""
-    defaults = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "learning_rate": 1e-3, "use_cpu": True}
-    shares = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // PartialState(cpu=True).num_processes}
+    defaults = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "learning_rate": 1e-3}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    shares = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // processes}
+    defaults["use_cpu"] = "ACCELERATE_TORCH_DEVICE" not in os.environ
     return trainer(folder, without_dropout(), budget="macs=0.6", **{**defaults, **shares, **settings})
 
 
@@ -140,40 +146,64 @@ def replicated(folder: Path) -> dict:
     found = {"scores": scores(ranks), "broken": broken(ranks)}
     made = trained(folder / f"out-{ranks.index}", evaluate_terms=True)
     made.save_model()
-    return {**found, "run": facts(made), "resumed": facts(resumed(folder / "resumed", evaluate_terms=True))}
+    found |= {"run": facts(made), "resumed": facts(resumed(folder / "resumed", evaluate_terms=True))}
+    return {**found, "gradual": facts(trained(folder / "gradual", **GRADUAL))}
 
 
 def sharded(folder: Path) -> dict:
     """The same under FSDP2, with all that a run may have: classifiers of its own, evaluations, the best of its checkpoints."""
-    let_cpus_shard()
-    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
-    made = trained(folder / "run", evaluate_terms=True, **fsdp)
-    kind = type(made.model).__name__
+    launched_with("fsdp2")
     more = {"auxiliary_weight": 0.5, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
-    best = trained(folder / "best", load_best_model_at_end=True, **more, **fsdp)
-    found = {"run": facts(made), "kind": kind, "resumed": facts(resumed(folder / "resumed", evaluate_terms=True, **fsdp))}
+    best = trained(folder / "best", load_best_model_at_end=True, **more)
+    return {**saved(folder), "best": best.state.best_global_step}
+
+
+def saved(folder: Path) -> dict:
+    """A run that is saved, and one that died and went on."""
+    made = trained(folder / "run", evaluate_terms=True)
     made.save_model()
-    return {**found, "best": best.state.best_global_step}
+    kind = type(made.model).__name__
+    return {"run": facts(made), "kind": kind, "resumed": facts(resumed(folder / "resumed", evaluate_terms=True))}
 
 
-def let_cpus_shard() -> None:
-    """Accelerate shards on accelerators only; FSDP2 itself can on CPUs, over gloo. Let it take them for GPUs."""
-    init = PartialState.__init__
-
-    def as_gpus(self: PartialState, *args: object, **kwargs: object) -> None:
-        init(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = as_gpus
+def zero2(folder: Path) -> dict:
+    """The same under DeepSpeed, which partitions what the optimizer has."""
+    launched_with("zero2")
+    return saved(folder)
 
 
-def main(folder: Path) -> None:
-    """Do both jobs and leave what they found."""
+def zero3(folder: Path) -> dict:
+    """The same under DeepSpeed, which partitions parameters too."""
+    launched_with("zero3")
+    return saved(folder)
+
+
+def launched_with(name: str) -> None:
+    """Be a process that `accelerate launch` started with scripts/accelerate/NAME.yaml.
+
+    Accelerate shards on accelerators only; FSDP2 and DeepSpeed can on CPUs, over gloo. It is made to take them for GPUs.
+    """
+    os.environ |= environment_of(ROOT / "scripts" / "accelerate" / f"{name}.yaml") | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+
+
+def environment_of(file: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file FILE` sets for each process."""
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "script.py"]))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        found = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        found = prepare_multi_gpu_env(args)
+    return {name: value for name, value in found.items() if os.environ.get(name) != value}
+
+
+def main(folder: Path, *jobs: str) -> None:
+    """Do these jobs and leave what they found."""
     importlib.import_module("hf_kdprune.measure").SECONDS = 0.02  # the name in the package is the function
-    for job in (replicated, sharded):
-        torch.save(job(folder / job.__name__), folder / f"{job.__name__}-{os.environ['RANK']}.pt")
+    for job in jobs:
+        torch.save(globals()[job](folder / job), folder / f"{job}-{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

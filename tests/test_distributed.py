@@ -3,32 +3,39 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from hf_kdprune import load_pretrained
 from hf_kdprune.ranks import Ranks, draw_for
 from hf_kdprune.sharding import check_sharding
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Run the jobs of `processes` in two processes; launch("sharded") gives what each found there, and the job's folder."""
-    folder = tmp_path_factory.mktemp("processes")
+def launched(folder, *jobs, **environment):
+    """Run jobs of `processes` in two processes; returns a function of a job: what each process found, and the job's folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     child = subprocess.run(
-        [*command, processes.__file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        [*command, processes.__file__, str(folder), *jobs],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert child.returncode == 0, child.stderr[-3000:]
     return lambda job: ([torch.load(folder / f"{job}-{rank}.pt") for rank in (0, 1)], folder / job)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """What came of the jobs that need no other package."""
+    return launched(tmp_path_factory.mktemp("processes"), "replicated", "sharded")
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +75,45 @@ def test_what_is_broken_in_one_share_stops_both(launch):
 
 @pytest.mark.parametrize("job", ["replicated", "sharded"])
 def test_two_processes_train_as_one(launch, run_alone, job):
-    (first, second), _ = launch(job)
+    found, _ = launch(job)
+    check_runs(found, run_alone)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_two_processes_train_as_one_under_deepspeed(tmp_path, run_alone):
+    found = launched(tmp_path, "zero2", "zero3", DS_ACCELERATOR="cpu")
+    for job in ("zero2", "zero3"):
+        both, folder = found(job)
+        check_runs(both, run_alone)
+        check_whole(both[0], folder)
+
+
+def check_runs(both, alone):
+    """The runs of two processes are that of one, without a break and with one."""
+    first, second = both
     for found in (first["run"], first["resumed"]):
-        assert found["kept"] == run_alone["kept"]
-        assert found["recovery"]["kept"] == run_alone["recovery"]["kept"] == "after"
+        assert found["kept"] == alone["kept"]
+        assert found["recovery"]["kept"] == alone["recovery"]["kept"] == "after"
         for name in ("held_out_before", "held_out_after"):
-            assert found["recovery"][name] == pytest.approx(run_alone["recovery"][name], rel=1e-4)
-        assert found["losses"] == pytest.approx(run_alone["losses"], rel=1e-4)
+            assert found["recovery"][name] == pytest.approx(alone["recovery"][name], rel=1e-4)
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         for name in ("loss", "accuracy", "loss_task", "loss_logits", "loss_features"):
-            assert found["evaluated"][f"eval_{name}"] == pytest.approx(run_alone["evaluated"][f"eval_{name}"], rel=1e-3)
-        trained = {name: w for name, w in run_alone["weights"].items() if "key.bias" not in name}  # which no loss depends on
+            assert found["evaluated"][f"eval_{name}"] == pytest.approx(alone["evaluated"][f"eval_{name}"], rel=1e-3)
+        trained = {name: w for name, w in alone["weights"].items() if "key.bias" not in name}  # on which no loss depends
         for name, weight in trained.items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-4)
     for name, weight in first["run"]["weights"].items():
         assert torch.equal(weight, second["run"]["weights"][name]), name
         assert torch.equal(weight, first["resumed"]["weights"][name]), name
+
+
+def check_whole(found, folder):
+    """What was sharded in training is whole afterwards, and both the model and its checkpoint load."""
+    assert found["kind"] == "BertForSequenceClassification"
+    for saved in (folder / "run", folder / "run" / "checkpoint-6"):
+        for name, weight in load_pretrained(saved).state_dict().items():
+            assert torch.equal(weight, found["run"]["weights"][name]), name
 
 
 def test_each_file_is_written_once(launch):
@@ -95,13 +126,22 @@ def test_each_file_is_written_once(launch):
 
 def test_a_sharded_model_is_whole_again_and_loads(launch):
     (first, second), folder = launch("sharded")
-    assert first["kind"] == "BertForSequenceClassification"
+    check_whole(first, folder)
     assert first["best"] == second["best"] in (2, 4, 6)
-    for saved in (folder / "run", folder / "run" / "checkpoint-6"):
-        loaded = load_pretrained(saved)
-        for name, weight in loaded.state_dict().items():
-            torch.testing.assert_close(weight, first["run"]["weights"][name], rtol=0, atol=0)
     assert (folder / "best" / "checkpoint-2" / "kdprune_trained_only.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file", sorted((processes.ROOT / "scripts" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_launch_configs_say_only_what_accelerate_knows(file):
+    config = load_config_from_file(str(file))  # refuses other fields
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert set(config.fsdp_config) | set(config.deepspeed_config) <= known
+    assert file.read_text().startswith("# ") and f"--config_file scripts/accelerate/{file.name}" in file.read_text()
+    assert config.num_processes == 2
+    expected = {"fsdp2": ("FSDP_VERSION", "2"), "zero2": ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")}
+    expected |= {"zero3": ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"), "cpu_2": ("CUDA_VISIBLE_DEVICES", "-1,-1")}
+    name, value = expected.get(file.stem, ("ACCELERATE_MIXED_PRECISION", "no"))
+    assert processes.environment_of(file)[name] == value
 
 
 def plugin(**changes):
