@@ -130,7 +130,7 @@ class StopAtSigterm(TrainerCallback):
     def on_train_end(self, args: object, state: object, control: object, **rest: object) -> None:
         """Save what no checkpoint has, if the signal came while the last step was judged."""
         if self.stopping() and self.saved != state.global_step and not args.load_best_model_at_end:
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            self.trainer._save_checkpoint(self.trainer.model, self.trainer._trial)
 
 
 def at_end(state: object) -> bool:
@@ -170,14 +170,14 @@ def told(error: BaseException, args: TrainingArguments) -> str:
 
 def say_how_to_go_on(trainer: Trainer, what: str, level: int) -> None:
     """Log one line: what ended the training, at which step, what there is to go on from, and how."""
-    args, state = trainer.args, trainer.state
+    output, state = trainer._get_output_dir(trainer._trial), trainer.state
     try:
-        found, broken = newest(args.output_dir)
+        found, broken = newest(output)
     except OSError as error:
-        found, broken = None, {args.output_dir: f"it cannot be read ({error})"}
+        found, broken = None, {output: f"it cannot be read ({error})"}
     passed = f" ({'; '.join(f'{name} is not whole: {why}' for name, why in broken.items())})" if broken else ""
     if found is None:
-        go_on = f"{args.output_dir} has no whole checkpoint{passed}: start anew, with save_strategy and save_steps to lose less"
+        go_on = f"{output} has no whole checkpoint{passed}: start anew, with save_strategy and save_steps to lose less"
     else:
         cause = "once the cause is gone, " if level == logging.ERROR else ""
         go_on = f"the last whole checkpoint is {found}{passed}: {cause}go on with train(resume_from_checkpoint=True)"

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..inputs import made_up_inputs
 from ..layers import evaluating
@@ -182,18 +181,6 @@ def check_writable(path: str | Path) -> None:
         raise type(error)(
             error.errno, f"the output directory must be writable ({error.strerror}): choose another", str(path)
         ) from error
-
-
-def last_checkpoint(output_dir: str | Path) -> str:
-    """The newest training checkpoint in a directory.
-
-    Raises:
-        ValueError: There is none.
-    """
-    found = get_last_checkpoint(str(output_dir))
-    if found is None:
-        raise ValueError(f"resuming needs a training checkpoint; {output_dir} has none: set save_strategy, or start anew")
-    return found
 
 
 @contextlib.contextmanager
