@@ -29,8 +29,12 @@ from teachers import teacher, web_text
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from hf_kdprune import apply_plan, repair, score_units
+from hf_kdprune import apply_plan, find_sites, repair, score_units
 from hf_kdprune.demo.run import say
+from hf_kdprune.layers import match_layers
+from hf_kdprune.prune.importance import mean_length
+from hf_kdprune.prune.schedule import Pruning, one_shot
+from hf_kdprune.prune.stages import Left, from_here, plan_further, stage_budgets
 from hf_kdprune.publish.report import environment
 from hf_kdprune.samples import by_length, split
 
@@ -57,10 +61,33 @@ def ranked(importance: str) -> Callable[[PreTrainedModel, Batches, int], Realise
     return prepare
 
 
+def in_rounds(model: PreTrainedModel, batches: Batches, seed: int) -> Realise:
+    """This package in four rounds: rank, cut, repair, and again what is left; the gradual schedule without training."""
+    matches = match_layers(model, None, batches)
+    sites = find_sites(model, batches[0], mean_length(batches))
+
+    def realise(budget: str) -> PreTrainedModel:
+        smaller, plan = copy.deepcopy(model), None
+        for stage in stage_budgets(budget, 4, sites):
+            pruning, before = Pruning(stage, seed=seed), copy.deepcopy(smaller)
+            if plan is None:
+                plan = here = one_shot(smaller, None, batches, matches, pruning)
+            else:
+                left = Left(sites, plan)
+                plan = plan_further(smaller, batches, match_layers(smaller, None, batches), pruning, left)
+                here = from_here(plan, left.plan, find_sites(smaller, batches[0]))
+            apply_plan(smaller, here, batches[0])
+            repair(smaller, before, batches)
+        return smaller
+
+    return realise
+
+
 METHODS: dict[str, Callable[[PreTrainedModel, Batches, int], Realise]] = {
     "ours": ranked("feature_loss"),
     "ours, plain metric": ranked("feature_loss:plain"),
     "ours, with logits": ranked("feature_loss+logits"),
+    "ours, in 4 rounds": in_rounds,
     "taylor": ranked("taylor"),
     "magnitude": ranked("magnitude"),
     "random": ranked("random"),
