@@ -4,9 +4,9 @@
     python scripts/benchmarks/kills.py --kills 20 --schedule one_shot
 
 Two layers of MiniLM-L6 as a classifier of SST-2, 22 steps, a checkpoint every 3, of which two are kept. A run is killed by
-SIGKILL at a moment drawn evenly over the duration of the uninterrupted run, from the end of the imports on, and started again,
-from its last whole checkpoint if it has one; one in three is killed again, and so on. At its end the weights, and those of its
-last checkpoint with the optimizer's state, must be the same to the bit. The result is docs/kills.json.
+SIGKILL at a moment drawn evenly over the work of the uninterrupted run (seconds of CPU time; imports are done before), and
+started again, from its last whole checkpoint if it has one; one in three is killed again, and so on. At its end the weights,
+and those of its last checkpoint with the optimizer's state, must be the same to the bit. The result is docs/kills.json.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import multiprocessing
 import random
 import shutil
-import subprocess
 import sys
-import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from teachers import teacher
@@ -33,7 +35,6 @@ from hf_kdprune.publish.whole import last_whole, newest
 
 RESULT = Path("docs") / "kills.json"
 AGAIN = 1 / 3  # of the runs that were killed are killed once more
-BEGUN = "begun"
 
 
 def main() -> None:
@@ -43,39 +44,37 @@ def main() -> None:
     parser.add_argument("--schedule", choices=("gradual", "one_shot"), default="gradual")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", default="runs/kills", help="where the runs write (%(default)s)")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # in a child: the output directory
-    args = parser.parse_args()
-    if args.run:
-        train(args.run, args.schedule)
-    else:
-        measure(args)
-
-
-def train(output: str, schedule: str) -> None:
-    """In a child: train, or go on training, and say what came of it."""
     transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    print(BEGUN, flush=True)
+    measure(parser.parse_args())
+
+
+def child(output: Path, schedule: str) -> None:
+    """Train, or go on training, and leave what came of it beside the output directory."""
+    with output.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        output.with_suffix(".json").write_text(json.dumps(train(str(output), schedule)))
+
+
+def train(output: str, schedule: str) -> dict:
+    """What a run comes to."""
     model, tokenizer, data, _ = teacher("sst2")
     model.bert.encoder.layer, model.config.num_hidden_layers = model.bert.encoder.layer[:2], 2
     stages = {"pruning_stages": 4} if schedule == "gradual" else {}
-    settings = {"budget": "macs=0.5", "schedule": schedule, "calibration_samples": 128, "max_steps": 22, **stages}
+    settings = {"budget": "macs=0.5", "schedule": schedule, "calibration_samples": 64, "max_steps": 22, **stages}
     saving = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "disable_tqdm": True}
-    config = KDPruneConfig(output, **{**common(), **settings, **saving, "per_device_train_batch_size": 16, "warmup_steps": 2})
-    parts = {"train_dataset": data.select(range(2000)), "processing_class": tokenizer, "compute_metrics": accuracy}
+    config = KDPruneConfig(output, **{**common(), **settings, **saving, "per_device_train_batch_size": 8, "warmup_steps": 2})
+    parts = {"train_dataset": data.select(range(400)), "processing_class": tokenizer, "compute_metrics": accuracy}
     trainer = KDPruneTrainer(model, config, **parts)
     checkpoint = newest(output)[0]
     trainer.train(resume_from_checkpoint=checkpoint)
     last = Path(last_whole(output))
     moments = torch.load(last / "optimizer.pt")["state"]
-    found = {
+    return {
         "kept": trainer.recovery["kept"],
         "last": last.name,
         "weights": digest(trainer.model.state_dict()),
         "trained": hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest(),
         "optimizer": digest({f"{i}.{name}": value for i, state in moments.items() for name, value in state.items()}),
     }
-    print(json.dumps(found), flush=True)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -90,13 +89,16 @@ def measure(args: argparse.Namespace) -> None:
     """One run that nobody kills, then runs that are killed until there were enough kills."""
     folder, draw = Path(args.folder) / args.schedule, random.Random(args.seed)
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     expected, seconds = run(folder / "whole", args.schedule)
     say(f"the uninterrupted run takes {seconds:.0f} s: {expected}")
     runs = []
     while (done := sum(len(r["kills"]) for r in runs)) < args.kills:
-        runs.append(killed(folder / f"run-{len(runs)}", args, draw, seconds, expected))
-        say(f"{done + len(runs[-1]['kills'])} of {args.kills} kills: {json.dumps(runs[-1])}")
-        shutil.rmtree(folder / f"run-{len(runs) - 1}")
+        output = folder / f"run-{len(runs)}"
+        found = killed(output, args, draw, seconds, expected)
+        shutil.rmtree(output)
+        runs += [found] if found["kills"] else []  # one may have ended before its moment
+        say(f"{done + len(found['kills'])} of {args.kills} kills: {json.dumps(found)}")
     kills = [kill for r in runs for kill in r["kills"]]
     facts = {
         "kills": len(kills),
@@ -105,7 +107,7 @@ def measure(args: argparse.Namespace) -> None:
         "runs_with_equal_end": sum(r["equal"] for r in runs),
         "resumed": sum(kill["resumed_from"] is not None for kill in kills),
         "half_written_checkpoints": sum(len(kill["not_whole"]) for kill in kills),
-        "seconds_uninterrupted": round(seconds, 1),
+        "cpu_seconds_uninterrupted": round(seconds, 2),
         "expected": expected,
         "each": runs,
         "command": f"python scripts/benchmarks/kills.py --kills {args.kills} --schedule {args.schedule} --seed {args.seed}",
@@ -122,35 +124,34 @@ def killed(output: Path, args: argparse.Namespace, draw: random.Random, seconds:
     kills = []
     while True:
         again = not kills or draw.random() < AGAIN
-        found, lasted = run(output, args.schedule, draw.uniform(0, seconds) if again else None)
+        found, worked = run(output, args.schedule, draw.uniform(0, seconds) if again else math.inf)
         if found is not None:
             return {"kills": kills, "equal": found == expected, **({} if found == expected else {"found": found})}
         checkpoint, broken = newest(output)
         kills.append(
             {
-                "after_seconds": round(lasted, 1),
+                "after_seconds": round(worked, 2),
                 "resumed_from": checkpoint and Path(checkpoint).name,
                 "not_whole": {Path(name).name: why for name, why in broken.items()},
             }
         )
 
 
-def run(output: Path, schedule: str, kill_after: float | None = None) -> tuple[dict | None, float]:
-    """What a child finds, None if it was killed before its end, and the seconds from its imports on."""
-    command = [sys.executable, __file__, "--schedule", schedule, "--run", str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        while (line := child.stdout.readline()) and line.strip() != BEGUN:
-            continue
-        started = time.monotonic()
-        try:
-            said, errors = child.communicate(timeout=kill_after)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.communicate()
-            return None, time.monotonic() - started
-    if child.returncode:
-        raise RuntimeError(f"the run in {output} failed by itself:\n{errors[-3000:]}")
-    return json.loads(said.splitlines()[-1]), time.monotonic() - started
+def run(output: Path, schedule: str, kill_after: float = math.inf) -> tuple[dict | None, float]:
+    """What a child finds, None if it was killed before its end, and its seconds of CPU time."""
+    process, worked = multiprocessing.get_context("fork").Process(target=child, args=(output, schedule)), 0.0
+    process.start()
+    while process.exitcode is None and worked < kill_after:
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            worked = sum(psutil.Process(process.pid).cpu_times()[:2])
+        process.join(0.01)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None, worked
+    if process.exitcode:
+        raise RuntimeError(f"the run in {output} failed by itself:\n{output.with_suffix('.log').read_text()[-3000:]}")
+    return json.loads(output.with_suffix(".json").read_text()), worked
 
 
 if __name__ == "__main__":
