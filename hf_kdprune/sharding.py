@@ -40,8 +40,18 @@ def check_sharding(trainer: Trainer) -> None:
         )
     if shards(trainer) and hasattr(trainer.model, "get_base_model"):
         raise ValueError("FSDP and ZeRO-3 train a model without adapters, got one of PEFT: merge them, or take DDP or ZeRO-2")
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = blocks_of(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         placed(trainer.model, trainer.args.device)
+
+
+def blocks_of(model: PreTrainedModel) -> list[str]:
+    """Classes of modules to shard one by one; not what holds the embeddings (BERT), which accelerate would shard twice."""
+    words, modules = model.get_input_embeddings(), list(model.modules())
+    named = [module for module in modules if type(module).__name__ in (model._no_split_modules or ())]
+    around = {type(module).__name__ for module in named if any(inner is words for inner in module.modules())}
+    return sorted({type(module).__name__ for module in named} - around)
 
 
 def shards(trainer: Trainer) -> bool:
@@ -86,7 +96,7 @@ def whole_afterwards(trainer: Trainer) -> Iterator[None]:
     yield
     model, state = trainer.bare, whole_state(trainer)
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    trainer.optimizer = trainer.lr_scheduler = trainer.bare = None
+    trainer.optimizer = trainer.lr_scheduler = trainer.deepspeed = trainer.bare = None
     trainer.accelerator.free_memory()
     model.load_state_dict({name: tensor.to(types[name]) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
@@ -106,7 +116,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(list(model.parameters())):
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

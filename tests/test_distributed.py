@@ -26,7 +26,7 @@ def launched(folder, *jobs, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert child.returncode == 0, child.stderr[-3000:]
     return lambda job: ([torch.load(folder / f"{job}-{rank}.pt") for rank in (0, 1)], folder / job)
