@@ -162,8 +162,8 @@ def at_real(features: Tensor, batch: Batch) -> Tensor:
 
 
 def root_mean_square(features: Tensor) -> Tensor:
-    """Of each position, (..., 1); no derivative."""
-    return features.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6).to(features.dtype)
+    """Of each position, (..., 1) in float32; no derivative."""
+    return features.detach().float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
 def count_real(batches: Sequence[Batch]) -> int:

@@ -86,14 +86,20 @@ class Features:
         return 1 if self.teacher is None else 2
 
     def watch(self, output: object, batch: Batch, draw: torch.Generator) -> list[Weighted]:
-        """The loss itself where the teacher is another model, then the probe."""
+        """The slope of the loss itself where the teacher is another model, then the probe."""
         states = states_of(output)
         learnt = [states[m.student] for m in self.matches]
         taught = learnt if self.teacher is None else self.taught(batch)
-        noises = [noise(x, positions_of(batch, x), draw) @ r for x, r in zip(learnt, self.roots, strict=True)]
-        probe = [z / self.size(t) for z, t in zip(noises, taught, strict=True)]
-        first: list[Weighted] = [] if self.teacher is None else [([self.errors(states, batch, taught).sum()], None)]
+        layers = list(zip(learnt, taught, self.roots, strict=True))
+        probe = [noise(x, positions_of(batch, x), draw) @ r / self.size(t) for x, t, r in layers]
+        first: list[Weighted] = [] if self.teacher is None else [(learnt, self.slopes(layers, batch))]
         return [*first, (learnt, probe)]
+
+    @torch.no_grad()
+    def slopes(self, layers: Sequence[tuple[Tensor, Tensor, Tensor]], batch: Batch) -> list[Tensor]:
+        """The derivative of the second loss by the student's features of each layer, in float32."""
+        apart = [(x.float() - t.float()) / self.size(t) * positions_of(batch, x)[..., None] for x, t, _ in layers]
+        return [2 * (e @ r @ r.T) / self.size(t) for e, (_, t, r) in zip(apart, layers, strict=True)]
 
     def size(self, taught: Tensor) -> Tensor | float:
         """What errors are taken over: (batch, seq, 1)."""
@@ -107,8 +113,8 @@ class Features:
     def errors(self, states: Sequence[Tensor], batch: Batch, taught: Sequence[Tensor]) -> Tensor:
         """The share of the second loss of each layer on this batch, (layers,)."""
         learnt = [states[m.student] for m in self.matches]
-        apart = [at_real((x - t) / self.size(t), batch) for x, t in zip(learnt, taught, strict=True)]
-        return torch.stack([(e.float() @ r).square().sum() for e, r in zip(apart, self.roots, strict=True)])
+        apart = [at_real((x.float() - t.float()) / self.size(t), batch) for x, t in zip(learnt, taught, strict=True)]
+        return torch.stack([(e @ r).square().sum() for e, r in zip(apart, self.roots, strict=True)])
 
     def scores(self, sums: Sequence[Sums]) -> tuple[Table, Table]:
         """Scores and their standard errors, from what `watch` asked for."""
@@ -156,7 +162,7 @@ def covariances(model: PreTrainedModel, batches: Sequence[Batch], matches: Seque
     sums = [torch.zeros(match.width + 1, match.width, dtype=torch.float64, device=model.device) for match in matches]
     for _, batch in ranks.share(batches):
         for mine, features in zip(sums, target_features(model, batch, matches), strict=True):
-            t = at_real(features / root_mean_square(features), batch).float()
+            t = at_real(features.float() / root_mean_square(features), batch)
             mine += torch.cat([t.T @ t, t.sum(0, keepdim=True)]).to(mine)
     total, found = count_real(batches), []
     for match, mine in zip(matches, sums, strict=True):

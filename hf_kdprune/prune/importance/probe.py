@@ -6,6 +6,7 @@ numbers estimates it for all units at once. Source: METHOD.md 2; Hutchinson 1990
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -98,9 +99,10 @@ def derivatives(
         for number, batch in tqdm(ranks.share(batches), desc="rank", unit="batch", disable=quiet, leave=False):
             output = model(**(known(batch) if labels else inputs_of(batch)), output_hidden_states=not labels)
             watched, size = watch(output, batch, draw_for(asked.seed, number)), len(next(iter(batch.values())))
-            for i, (mine, (outputs, weights)) in enumerate(zip(sums, watched, strict=True)):
+            del output
+            for mine in sums:
                 mine.samples += size
-                for site, found in unit_gradients(outputs, weights, inputs, sites, size, keep=i + 1 < kinds):
+                for site, found in unit_gradients(*watched.pop(0), inputs, sites, size, keep=bool(watched)):
                     mine.add(site, found)
     return [mine.over(ranks) for mine in sums]
 
@@ -172,13 +174,31 @@ def unit_gradients(
     """
     seen = [i for i, output in enumerate(outputs) if output.requires_grad]  # a decoder's embeddings see no unit
     outputs, weights = ([part[i] for i in seen] if part is not None else None for part in (outputs, weights))
-    reads = [read for s in sites for read in inputs[s.name]]
-    gradients = iter(torch.autograd.grad(outputs, reads, grad_outputs=weights, retain_graph=keep, allow_unused=True))
-    for site in sites:
-        total = torch.zeros(samples, site.total, dtype=torch.float64)
-        for read in inputs[site.name]:
-            if (gradient := next(gradients)) is not None:  # no feature sees a block behind the last of them
-                product = read.detach().float() * gradient.float()
-                per_unit = product.reshape(samples, -1, product.shape[-1]).sum(1)  # some models join batch and seq
-                total += per_unit.unflatten(-1, (site.total, site.width)).sum(-1).double().cpu()
-        yield site, total
+    totals = {site.name: torch.zeros(samples, site.total, dtype=torch.float64) for site in sites}
+    lift = lift_of(outputs, weights)
+    weights = weights if lift == 1 else [w * lift for w in weights]
+
+    def take(gradient: Tensor, site: Site, read: Tensor) -> None:
+        product = read.detach().float() * gradient.float()
+        per_unit = product.reshape(samples, -1, product.shape[-1]).sum(1)  # some models join batch and seq
+        totals[site.name] += per_unit.unflatten(-1, (site.total, site.width)).sum(-1).double().cpu() / lift
+
+    with ExitStack() as stack:  # hooks, so that no gradient lives longer than the backward pass needs it
+        for site in sites:
+            for read in inputs[site.name]:
+                stack.callback(read.register_hook(lambda g, site=site, read=read: take(g, site, read)).remove)
+        torch.autograd.backward(outputs, weights, retain_graph=keep)
+    for read in (read for reads in inputs.values() for read in reads if read.is_leaf):
+        read.grad = None
+    yield from ((site, totals[site.name]) for site in sites)
+
+
+def lift_of(outputs: Sequence[Tensor], weights: Sequence[Tensor] | None) -> float:
+    """By how much to multiply the weights of float16 outputs, whose derivatives would else be too small for it.
+
+    A power of two, so that the largest weight is about one and nothing is rounded. bfloat16 has the exponents of float32.
+    """
+    if weights is None or all(output.dtype != torch.float16 for output in outputs):
+        return 1.0
+    most = max((float(weight.abs().max()) for weight in weights), default=0.0)
+    return 2.0 ** -math.floor(math.log2(most)) if 0 < most < math.inf else 1.0
