@@ -47,6 +47,10 @@ class KDPruneConfig(TrainingArguments):
     importance: str = field(default="feature_loss", metadata={"help": "The score that ranks units."})
     repair: bool = field(default=True, metadata={"help": "Refit output projections in closed form after surgery."})
     schedule: str = field(default="one_shot", metadata={"help": "one_shot, or gradual: in stages, with training between them."})
+    pruning_rounds: int | None = field(
+        default=None,
+        metadata={"help": "Rounds of ranking without training. None: 4 where over 4/5 of what can go goes, else 1."},
+    )
     pruning_stages: int = field(default=4, metadata={"help": "Stages of the gradual schedule."})
     shapes: str = field(default="free", metadata={"help": "free, uniform (all layers alike), or stock (no custom code)."})
     round_to: int = field(default=8, metadata={"help": "FFN widths are multiples of it (1: any)."})
@@ -79,6 +83,8 @@ class KDPruneConfig(TrainingArguments):
                 f"teacher_top_k is a number of classes, 1 or more, that teacher_cache keeps; got {self.teacher_top_k} with "
                 f"teacher_cache={self.teacher_cache!r}"
             )
+        if self.pruning_rounds is not None and self.pruning_rounds < 1:
+            raise ValueError(f"pruning_rounds must be None or at least 1, got {self.pruning_rounds}")
         for name, least in (("latency_batch", 1), ("calibration_samples", 2), ("pruning_stages", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -92,4 +98,4 @@ class KDPruneConfig(TrainingArguments):
         """How to prune, as set here; the probe's seed follows `data_seed`, else `seed`."""
         seed = self.seed if self.data_seed is None else self.data_seed
         names = ("budget", "importance", "repair", "round_to", "shapes", "keep", "least", "latency_batch")
-        return Pruning(**{name: getattr(self, name) for name in names}, seed=seed)
+        return Pruning(**{name: getattr(self, name) for name in names}, seed=seed, rounds=self.pruning_rounds)

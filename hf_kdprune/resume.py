@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 # What made the plan so far, and what will make the rest of it.
 ALWAYS = ("budget", "schedule", "seed", "data_seed")
-WHILE_PRUNING = ("importance", "repair", "shapes", "round_to", "keep", "least", "calibration_samples")
+WHILE_PRUNING = ("importance", "repair", "shapes", "round_to", "keep", "least", "calibration_samples", "pruning_rounds")
 
 
 def write_checkpoint(trainer: Trainer, folder: Path, state_dict: dict[str, Tensor] | None) -> None:

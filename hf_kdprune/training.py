@@ -30,9 +30,9 @@ from .metrics import judge_of, measured_on
 from .prune.budget import Budget
 from .prune.discovery import find_sites
 from .prune.optimizer_state import cut_along, cuts_of, shapes_of
-from .prune.schedule import Pruning, one_shot, realise, report_losses
+from .prune.schedule import Pruning, realise, report_losses
 from .prune.sites import Plan
-from .prune.stages import Left, from_here, plan_further
+from .prune.stages import Left, from_here, plan_further, plan_in_rounds
 from .prune.surgery import changes
 from .ranks import Ranks
 from .sharding import whole_afterwards
@@ -144,7 +144,7 @@ def first_plan(trainer: Trainer, pruning: Pruning) -> Plan:
     data, ranks = trainer.calibration, Ranks.of(trainer.accelerator)
     trainer.matches = match_layers(trainer.model, trainer.teacher, data, trainer.args.layer_map, ranks)
     pruning, judge = replace(pruning, ranks=ranks), judge_of(trainer, trainer._judging)
-    plan = one_shot(trainer.model, trainer.teacher, data, trainer.matches, pruning, judge)
+    plan = plan_in_rounds(trainer.model, trainer.teacher, data, trainer.matches, pruning, judge)
     measured = Budget.parse(pruning.budget).measured
     return broadcast_object_list([plan])[0] if measured else plan  # ranks may measure other figures
 

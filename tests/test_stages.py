@@ -13,7 +13,7 @@ from hf_kdprune import Plan, apply_plan, find_sites, load_pretrained
 from hf_kdprune.layers import match_layers
 from hf_kdprune.prune.optimizer_state import cut_along, cuts_of, shapes_of
 from hf_kdprune.prune.schedule import Pruning
-from hf_kdprune.prune.stages import Left, from_here, plan_further, stage_budgets, stage_steps
+from hf_kdprune.prune.stages import Left, from_here, plan_further, rounds_of, stage_budgets, stage_steps
 from hf_kdprune.prune.trial import gates_at_zero
 
 GRADUAL = {"schedule": "gradual", "budget": "macs=0.4", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3}
@@ -206,8 +206,31 @@ def test_a_further_plan_keeps_some_of_what_is_left(tiny, ragged):
 
 
 @pytest.mark.parametrize(
+    ("budget", "rounds", "expected"),
+    [("macs=0.5", None, 1), ("macs=0.1", None, 4), ("macs=0.5", 2, 2), ("ffn=0.1", None, 4), ("loss=0.1", 3, 1)],
+)
+def test_nearly_everything_goes_in_rounds(tiny, budget, rounds, expected):
+    sites = find_sites(tiny("bert"))
+    assert rounds_of(Pruning(budget, round_to=1, rounds=rounds), sites, ("ffn",)) == expected
+
+
+def test_rounds_rank_what_is_left_and_change_nothing(make):
+    plans = {}
+    for rounds in (1, 3):
+        model = tiny_bert(spread=0.2)
+        before = copy.deepcopy(model.state_dict())
+        trainer = make(model=model, budget="macs=0.3", round_to=1, pruning_rounds=rounds)
+        plan = plans[rounds] = trainer.propose()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert 0.2 < plan.budget["reached"] <= 0.3 and plan.budget["asked"] == "macs=0.3"
+        assert trainer.prune(plan) is plan
+    assert plans[1].kept != plans[3].kept
+
+
+@pytest.mark.parametrize(
     ("case", "match"),
     [
+        ({"pruning_rounds": 0}, "pruning_rounds must be None or at least 1, got 0"),
         ({"budget": "latency=0.5"}, "counted, not measured.*got 'latency=0.5'"),
         ({"budget": "loss=0.1"}, "counted, not measured"),
         ({"save_only_model": True}, "save_only_model must be False"),

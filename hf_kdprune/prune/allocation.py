@@ -147,9 +147,7 @@ class Scores:
 
     def lowest(self, counts: str, rules: Rules) -> float:
         """The least share of what `counts` names that can remain under `rules`."""
-        return WHOLE[counts](self.sites, fewest(self.sites, Limit(counts, 1), rules, self.stock)) / WHOLE[counts](
-            self.sites, None
-        )
+        return lowest(Limit(counts, 1), self.sites, rules, self.stock)
 
     def bundles(self, site: Site, limit: Limit, rules: Rules, bounds: Bounds) -> list[Bundle]:
         """The site's units that may go, cheapest first, in steps that keep its width a multiple of `round_to`."""
@@ -222,6 +220,11 @@ def fewest(sites: Sites, limit: Limit, rules: Rules, stock: tuple[str, ...]) -> 
         return in_all(sites, {kind: choices[0] for kind, choices in counts(sites, limit, rules, bounds, stock).items()})
     mine = [site for site in sites if site.kind in KINDS[limit.counts]]
     return {site.name: rules.narrowest(site, bounds.floors[site.name]) for site in mine}
+
+
+def lowest(limit: Limit, sites: Sites, rules: Rules, stock: tuple[str, ...]) -> float:
+    """The least share that can remain of what `limit` counts."""
+    return WHOLE[limit.counts](sites, fewest(sites, limit, rules, stock)) / WHOLE[limit.counts](sites, None)
 
 
 def price(bundles: Sequence[Bundle]) -> float:

@@ -43,6 +43,7 @@ class Pruning:
         least: Units that each site keeps, as a share or a number; None: see `Scores.trusted`.
         latency_batch: Samples of the passes that a latency budget times.
         ranks: The processes that rank together.
+        rounds: In how many rounds the units are ranked, see `stages.plan_in_rounds`; None: as the budget asks for.
     """
 
     budget: str
@@ -55,6 +56,7 @@ class Pruning:
     least: float | None = None
     latency_batch: int = 32
     ranks: Ranks = field(default_factory=Ranks.alone)
+    rounds: int | None = None
 
     def rules(self) -> Rules:
         """What a plan must respect beside the budget."""

@@ -6,6 +6,7 @@ in all of them, and the last one alone makes the smaller model out of the model 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..layers import LayerMatch
-from .allocation import Scores
-from .budget import WHOLE, Budget
-from .importance import score_units
-from .schedule import Pruning, make_plan
+from ..layers import LayerMatch, match_layers
+from .allocation import Scores, lowest
+from .budget import WHOLE, Budget, Limit
+from .discovery import find_sites
+from .importance import mean_length, score_units
+from .judge import Judge
+from .schedule import Pruning, make_plan, one_shot, realise
 from .sites import Plan, SitePlan, Sites
 from .stock import stock_kinds
 
+MANY, MOST = 4, 0.8  # so many rounds where a larger share of what can go goes (docs/ranking.md)
 SHARE = 0.5  # of the training steps, after which the last stage is made and recovery has the rest
 
 
@@ -47,7 +51,7 @@ def stage_budgets(budget: str, stages: int, sites: Sites) -> list[str]:
 
     Source: Zhu and Gupta 2017, To prune, or not to prune.
     """
-    shares = [(i.counts, i.allowed(sites) / WHOLE[i.counts](sites, None)) for i in Budget.parse(budget).limits if stages > 1]
+    shares = [(limit.counts, share_of(limit, sites)) for limit in Budget.parse(budget).limits if stages > 1]
     texts = []
     for k in range(1, stages):
         gone = 1 - (1 - k / stages) ** 3
@@ -68,6 +72,48 @@ def stage_steps(stages: int, steps: int) -> list[int]:
             f"{2 * stages - 2} steps or more, got {steps}: train longer (max_steps, num_train_epochs), or take fewer stages"
         )
     return due
+
+
+def plan_in_rounds(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Sequence[dict[str, Tensor]],
+    matches: list[LayerMatch],
+    pruning: Pruning,
+    judge: Judge | None = None,
+) -> Plan:
+    """Rank and plan for the whole budget; nothing is changed. Arguments as of `one_shot`.
+
+    Scores are of second order around the model that was ranked. Where nearly all goes, a copy is cut and refitted on the way,
+    and what is left of it is ranked again, along the curve of `stage_budgets` without training.
+    """
+    sites = find_sites(model, batches[0], mean_length(batches))
+    rounds = rounds_of(pruning, sites, stock_kinds(model, sites))
+    budgets = stage_budgets(pruning.budget, rounds, sites)
+    plan = here = one_shot(model, teacher, batches, matches, replace(pruning, budget=budgets[0]), judge)
+    smaller = model
+    for budget in budgets[1:]:
+        before, smaller = smaller, copy.deepcopy(smaller)
+        realise(smaller, before, batches, here, pruning)
+        itself = match_layers(smaller, None, batches, [[m.student, m.student] for m in matches], pruning.ranks)
+        left = Left(sites, plan)
+        plan = plan_further(smaller, batches, itself, replace(pruning, budget=budget), left)
+        here = from_here(plan, left.plan, find_sites(smaller, batches[0]))
+    return plan
+
+
+def rounds_of(pruning: Pruning, sites: Sites, stock: tuple[str, ...]) -> int:
+    """In how many rounds a budget is planned: as set, or MANY where more than MOST of what can go goes, else one."""
+    budget = Budget.parse(pruning.budget)
+    if budget.measured or pruning.rounds is not None:
+        return 1 if budget.measured else pruning.rounds
+    shares = [(1 - share_of(limit, sites), 1 - lowest(limit, sites, pruning.rules(), stock)) for limit in budget.limits]
+    return MANY if any(gone > MOST * most for gone, most in shares) else 1
+
+
+def share_of(limit: Limit, sites: Sites) -> float:
+    """What a limit allows, as a share of the model as given."""
+    return limit.allowed(sites) / WHOLE[limit.counts](sites, None)
 
 
 def plan_further(

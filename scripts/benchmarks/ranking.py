@@ -29,12 +29,11 @@ from teachers import teacher, web_text
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from hf_kdprune import apply_plan, find_sites, repair, score_units
+from hf_kdprune import apply_plan, repair, score_units
 from hf_kdprune.demo.run import say
 from hf_kdprune.layers import match_layers
-from hf_kdprune.prune.importance import mean_length
-from hf_kdprune.prune.schedule import Pruning, one_shot
-from hf_kdprune.prune.stages import Left, from_here, plan_further, stage_budgets
+from hf_kdprune.prune.schedule import Pruning
+from hf_kdprune.prune.stages import plan_in_rounds
 from hf_kdprune.publish.report import environment
 from hf_kdprune.samples import by_length, split
 
@@ -62,22 +61,14 @@ def ranked(importance: str) -> Callable[[PreTrainedModel, Batches, int], Realise
 
 
 def in_rounds(model: PreTrainedModel, batches: Batches, seed: int) -> Realise:
-    """This package in four rounds: rank, cut, repair, and again what is left; the gradual schedule without training."""
+    """This package in four rounds of ranking, each of what the one before left; the surgery and repair are of one."""
     matches = match_layers(model, None, batches)
-    sites = find_sites(model, batches[0], mean_length(batches))
 
     def realise(budget: str) -> PreTrainedModel:
-        smaller, plan = copy.deepcopy(model), None
-        for stage in stage_budgets(budget, 4, sites):
-            pruning, before = Pruning(stage, seed=seed), copy.deepcopy(smaller)
-            if plan is None:
-                plan = here = one_shot(smaller, None, batches, matches, pruning)
-            else:
-                left = Left(sites, plan)
-                plan = plan_further(smaller, batches, match_layers(smaller, None, batches), pruning, left)
-                here = from_here(plan, left.plan, find_sites(smaller, batches[0]))
-            apply_plan(smaller, here, batches[0])
-            repair(smaller, before, batches)
+        plan = plan_in_rounds(model, None, batches, matches, Pruning(budget, seed=seed, rounds=4))
+        smaller = copy.deepcopy(model)
+        apply_plan(smaller, plan, batches[0])
+        repair(smaller, model, batches)
         return smaller
 
     return realise
