@@ -154,7 +154,11 @@ def advice(trainer: Trainer) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if trainer._trial is None:  # one of a hyperparameter search is not gone on with
-            say_how_to_go_on(trainer, told(error, trainer.args), logging.ERROR)
+            what = told(error, trainer.args)
+            try:
+                say_how_to_go_on(trainer, what, logging.ERROR)
+            except RuntimeError as late:  # torch's handler of SIGCHLD raises wherever it is: a worker of the data loader died
+                say_how_to_go_on(trainer, f"{what}, and {told(late, trainer.args)}", logging.ERROR)
         raise
 
 

@@ -219,6 +219,21 @@ def test_advice_does_not_hide_the_fault(make, monkeypatch, caplog):
     assert "it cannot be read ([Errno 13] Permission denied)" in caplog.text
 
 
+def test_advice_outlives_what_torch_says_of_a_dead_worker_meanwhile(make, tmp_path, monkeypatch, caplog):
+    answers = iter([RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 1."), (None, {})])
+
+    def newest(_):
+        if isinstance(answer := next(answers), RuntimeError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("hf_kdprune.interrupts.newest", newest)
+    with pytest.raises(ConnectionResetError), advice(make()):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    (said,) = caplog.messages
+    assert "by ConnectionResetError: [Errno 104] Connection reset by peer, and RuntimeError: DataLoader worker (pid 7)" in said
+
+
 @pytest.mark.parametrize(
     ("error", "workers", "said"),
     [
