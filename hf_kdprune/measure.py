@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from .layers import inputs_of
+from .inputs import at_length
+from .layers import evaluating, inputs_of
 from .prune.discovery import trace_sites
 from .timing import rows_of, time_rounds
 
@@ -67,9 +72,7 @@ def compare(
     """
     inputs = inputs_of(batch)
     seq_len = next(iter(inputs.values())).shape[1]
-    results = [
-        Measurement(sum(p.numel() for p in m.parameters()), trace_sites(m, inputs, seq_len).macs(), seq_len) for m in models
-    ]
+    results = [Measurement(m.num_parameters(), macs_of(m, inputs, seq_len), seq_len) for m in models]
     modes = [m.training for m in models]
     ratios: dict[str, float] = {}
     for model in models:
@@ -85,6 +88,49 @@ def compare(
         result.peak_memory_bytes = peak_memory(model, rows)
         model.train(mode)
     return results, ratios
+
+
+def macs_of(model: PreTrainedModel, batch: Batch, seq_len: int) -> int:
+    """MACs of one forward pass over one sample of `seq_len` tokens.
+
+    They are counted by formula. A quantised model, which has no sites, is run: each quantised layer counts as the linear layer
+    that it stands for, and torch counts the rest.
+    """
+    if not getattr(model, "is_quantized", False):
+        return trace_sites(model, batch, seq_len).macs()
+    one = at_length({name: value[:1] for name, value in batch.items()}, seq_len)
+    others = FlopCounterMode(display=False)
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counted(model) as linear, others:
+        model(**one)
+    return sum(linear) + others.get_total_flops() // 2
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[list[int]]:
+    """Within the context, quantised layers give zeros, and the MACs of each call are put into the list."""
+    macs: list[int] = []
+
+    def zeros(module: nn.Module, read: Tensor) -> Tensor:
+        macs.append(read.numel() // read.shape[-1] * module.in_features * module.out_features)
+        return read.new_zeros(*read.shape[:-1], module.out_features)
+
+    layers = [m for m in model.modules() if hasattr(m, "in_features") and not is_plain(m)]
+    before = [vars(module).get("forward") for module in layers]
+    for module in layers:
+        module.forward = functools.partial(zeros, module)
+    try:
+        yield macs
+    finally:
+        for module, forward in zip(layers, before, strict=True):
+            del module.forward
+            if forward is not None:  # as accelerate's, of a model that is spread over devices
+                module.forward = forward
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer holds its weight as numbers, one for each input and output."""
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.is_floating_point() and weight.numel() == module.in_features * module.out_features
 
 
 class LiveBytes(TorchDispatchMode):

@@ -7,7 +7,7 @@ import torch
 
 from hf_kdprune import Plan, apply_plan, find_sites, measure
 from hf_kdprune.inputs import at_length
-from hf_kdprune.measure import compare, disk_bytes, peak_memory
+from hf_kdprune.measure import compare, disk_bytes, macs_of, peak_memory
 
 
 @pytest.fixture
@@ -90,3 +90,25 @@ def test_bytes_on_disk_are_the_weights(tiny):
     model = tiny()
     assert disk_bytes(model) == pytest.approx(4 * model.num_parameters(), rel=0.1)
     assert disk_bytes(model.to(torch.bfloat16)) == pytest.approx(2 * model.num_parameters(), rel=0.15)
+
+
+class Packed(torch.nn.Linear):
+    """A linear layer whose weight is in bytes, two numbers in each."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        packed = torch.zeros(linear.weight.numel() // 2, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_quantised_model_has_the_macs_of_the_plain_one(tiny, ragged, attention):
+    model, batch = tiny(attention=attention), ragged(1, 4)[0]
+    expected = macs_of(model, batch, 9)
+    assert expected == find_sites(model, batch, 9).macs()
+    for name, module in list(model.bert.encoder.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.bert.encoder.set_submodule(name, Packed(module))
+    model.is_quantized = True
+    assert macs_of(model, batch, 9) == expected
+    assert not any("forward" in vars(module) for module in model.modules())
