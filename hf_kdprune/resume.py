@@ -82,6 +82,8 @@ def whole_or_gone(folder: Path, mine: bool) -> Iterator[None]:
         mine: Whether this process writes it.
     """
     if mine:
+        if not folder.parent.is_dir():
+            logger.warning("%s is gone, and made anew: earlier checkpoints are lost", folder.parent)
         shutil.rmtree(folder, ignore_errors=True)
     try:
         yield

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sized
 import datasets
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .config import KDPruneConfig
 from .distill.rows import with_rows
@@ -15,6 +16,26 @@ from .prune.budget import Budget
 
 HELD_OUT = 512  # training samples, at most a tenth, that judge whether recovery made the model better
 JUDGING = 2048  # the same, that judge how small the model may be under a budget of "loss="
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """As transformers', but the order depends on the seed and the epoch only, so that a resumed run sees what it would have."""
+
+    def __init__(self, drawn: LengthGroupedSampler, seed: int):
+        """Take what Trainer made, which draws from the generator of all."""
+        super().__init__(drawn.batch_size, lengths=drawn.lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer says so before each epoch."""
+        self.generator.manual_seed(self.seed + epoch)
+
+
+def seeded(sampler: object, args: KDPruneConfig) -> object:
+    """What the Trainer draws training samples by, such that a resumed run goes on in the same order."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return GroupedByLength(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
 
 def held_out_size(dataset: Sized, most: int = HELD_OUT) -> int:

@@ -29,7 +29,7 @@ from .publish import hub
 from .publish.checkpoint import check_writable, save_pretrained
 from .ranks import Ranks
 from .resume import checkpoint_of, restore, whole_or_gone, write_checkpoint
-from .samples import by_length, divided
+from .samples import by_length, divided, seeded
 from .sharding import as_it_is
 
 Batch = dict[str, Tensor]
@@ -98,6 +98,10 @@ class KDPruneTrainer(Trainer):
         """Collate as for training, and complete what follows from it."""
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         return completed(self.model, dict(collate(rows)))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        """As Trainer's, with the same order after an interruption."""
+        return seeded(super()._get_train_sampler(train_dataset), self.args)
 
     def _set_signature_columns_if_needed(self) -> None:
         """As Trainer's, and the row number that finds a sample in the teacher's cache."""
@@ -181,6 +185,8 @@ class KDPruneTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: object, num_batches: int, device: torch.device) -> tuple[list, dict | None]:
         """The micro-batches of a step, and how many items each term has in all of them on all ranks."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed after the last step: Trainer would make one more
+            return [], None
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)[0]
         return batches, self.lesson.count(self.model, batches, self.accelerator) if batches else None
 
@@ -260,6 +266,11 @@ class KDPruneTrainer(Trainer):
         """As Trainer's, of those that have the final shape."""
         if self.course.finished and not adapters.load(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's; trainer_state.json, which comes next, says that the files of all ranks are there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:
         """As Trainer's, and never a mixture of two, nor half of one."""

@@ -49,21 +49,36 @@ def stopped(trainer):
     assert not [c for c in trainer.callback_handler.callbacks if isinstance(c, StopAtSigterm)]
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step"])
-def test_the_step_ends_and_is_saved_and_the_rest_gives_the_same_model(make, tmp_path, caplog, event):
-    whole = make(output=tmp_path / "whole", model=tiny_bert(spread=0.2), **STEPS)
+@pytest.mark.parametrize(
+    ("event", "order"),
+    [("on_step_begin", "random"), ("on_pre_optimizer_step", "group_by_length"), ("on_step_begin", "sequential")],
+)
+def test_the_step_ends_and_is_saved_and_the_rest_gives_the_same_model(make, tmp_path, caplog, event, order):
+    settings = {**STEPS, "train_sampling_strategy": order}
+    whole = make(output=tmp_path / "whole", model=tiny_bert(spread=0.2), **settings)
     whole.train()
     assert whole.recovery["kept"] == "after"  # else all runs would end alike
     with caplog.at_level(logging.WARNING):
-        stopped(make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), callbacks=[Signalled(event, 2)], **STEPS))
+        stopped(make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), callbacks=[Signalled(event, 2)], **settings))
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-3" and why_broken(checkpoint) is None
     assert (
         f"training ended at step 3 of 6 by SIGTERM; the last whole checkpoint is {checkpoint}: "
         "go on with train(resume_from_checkpoint=True)" in caplog.messages
     )
-    resumed = make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), **STEPS)
+    resumed = make(output=tmp_path / "cut", model=tiny_bert(spread=0.2), **settings)
     resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_a_run_that_died_after_its_last_checkpoint_trains_no_further(make, tmp_path):
+    """transformers itself trains one step more where the last step is not the end of an epoch."""
+    whole = make(model=tiny_bert(spread=0.2), **STEPS)
+    whole.train()
+    assert whole.recovery["kept"] == "after" and last_whole(tmp_path / "out").endswith("checkpoint-6")
+    resumed = make(model=tiny_bert(spread=0.2), **STEPS)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
 

@@ -211,13 +211,14 @@ def test_disk_full(run, expected, kilobytes):
 
 
 def test_output_directory_that_is_removed(run, expected):
-    """The training goes on, and what it saves from then on is whole."""
+    """The training goes on, says so, and what it saves from then on is whole."""
     assert run.end("gone") == 0, run.log.read_text()
     assert sorted(entry.name for entry in run.out.iterdir()) == [
         "checkpoint-10",
         "checkpoint-11",
         *(f"checkpoint-{i}" for i in (4, 6, 8)),
     ]
+    assert f"{run.out} is gone, and made anew: earlier checkpoints are lost" in run.log.read_text()
     assert_goes_on(run, expected, run.out / "checkpoint-11")
 
 
