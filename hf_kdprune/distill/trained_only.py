@@ -50,7 +50,9 @@ def attach(
         maps = projection.fit(model, teacher, batches, lesson.matches)
         projection.attach(model, maps)
     if objective.uses("auxiliary") or maps is not None:
-        hook = model.register_forward_hook(lambda *passed: run(lesson, *passed), with_kwargs=True)
+        # torch_compile is for the student; this, which looks at types and shapes, it would only trip over
+        eager = torch.compiler.disable(lambda *passed: run(lesson, *passed))
+        hook = model.register_forward_hook(eager, with_kwargs=True)
         model.kdprune_trained_only = hook
 
 
