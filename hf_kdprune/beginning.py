@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import torch
 from transformers import Trainer, enable_full_determinism, set_seed
 
 from .course import check_schedule
@@ -14,6 +17,8 @@ from .prune.sites import Plan
 from .samples import check_labels, split
 from .sharding import check_sharding
 from .teaching import live
+
+logger = logging.getLogger(__name__)
 
 
 def begin(trainer: Trainer) -> None:
@@ -34,6 +39,7 @@ def begin(trainer: Trainer) -> None:
             f"{args.budget!r} later: make another one with that budget"
         )
     check_sharding(trainer)
+    check_precision(trainer)
     trainer._held_out, trainer._held_out_rows = trainer.batches_of(trainer.set_apart), len(trainer.set_apart)
     count = min(args.calibration_samples, len(trainer.train_dataset))
     trainer.calibration = trainer.batches_of(split(trainer.train_dataset, count, args.pruning().seed)[0])
@@ -42,6 +48,25 @@ def begin(trainer: Trainer) -> None:
     head = check_lesson(trainer.model, trainer.teacher, trainer.calibration[0], trainer.loss_terms, args.layer_map)
     trainer.lesson = FirstLoss(head, trainer._task, trainer.compute_loss_func is not None, live(trainer))
     check_schedule(trainer)
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Say so where float16 is asked for and will not be had.
+
+    Raises:
+        ValueError: Its gradients cannot be scaled.
+    """
+    args, kinds = trainer.args, {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    if args.fp16 and torch.float16 in kinds:
+        raise ValueError(
+            "fp16=True computes in float16 and needs weights in float32, got some in float16: load the model with "
+            "dtype=torch.float32, or train it in bfloat16 (bf16=True)"
+        )
+    if args.fp16 and args.device.type == "cpu":
+        logger.warning(
+            "fp16=True needs a GPU; on this CPU accelerate trains in float32: set bf16=True for mixed precision here, or leave "
+            "fp16 out"
+        )
 
 
 def anew(trainer: Trainer, trial: object) -> None:

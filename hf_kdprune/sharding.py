@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .distill.teacher import placed
 
@@ -42,7 +42,8 @@ def check_sharding(trainer: Trainer) -> None:
         raise ValueError("FSDP and ZeRO-3 train a model without adapters, got one of PEFT: merge them, or take DDP or ZeRO-2")
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = blocks_of(trainer.model)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    unplaced = trainer.args.bf16_full_eval or trainer.args.fp16_full_eval  # until the Trainer evaluates or trains
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or unplaced:
         placed(trainer.model, trainer.args.device)
 
 
@@ -66,7 +67,7 @@ def as_it_is(trainer: Trainer) -> Iterator[None]:
     """Evaluate in this block without preparing the model for it, unless it is being trained.
 
     Accelerate marks a model that is evaluated as prepared, and then no longer wraps it for training: the ranks would train each
-    its own model, apart. FSDP and DeepSpeed would want an optimizer.
+    its own model, apart. FSDP and DeepSpeed would want an optimizer. And bf16_full_eval casts the weights, for good.
 
     Args:
         trainer: Whose model is evaluated, or another one that stands in for it.
@@ -74,16 +75,43 @@ def as_it_is(trainer: Trainer) -> Iterator[None]:
     if trainer.is_in_train:
         yield
         return
-    model, accelerator = trainer.model, trainer.accelerator
+    model = trainer.model
     sharded, marked = (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled), MARK in vars(model)
     trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     try:
-        yield
+        with uncast(model, trainer.args):
+            yield
     finally:
         trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = sharded
-        if not marked and vars(model).pop(MARK, False):
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # and no longer in mixed precision by itself
-            accelerator._models = [m for m in accelerator._models if m is not model]
+        if not marked and MARK in vars(model):
+            unprepare(trainer)
+
+
+def unprepare(trainer: Trainer) -> None:
+    """Undo what accelerate did to the model of a trainer, so that it is no longer in mixed precision by itself.
+
+    Else it would be judged in bfloat16, and saved in float32; and a later training would not prepare it.
+    """
+    model = trainer.model
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    trainer.accelerator._models = [m for m in trainer.accelerator._models if m is not model]
+    vars(model).pop(MARK, None)
+
+
+@contextmanager
+def uncast(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Behind this block the weights are those of before, also where an evaluation in half precision cast them."""
+    if not (args.bf16_full_eval or args.fp16_full_eval):
+        yield
+        return
+    weights, buffers = [(p, p.data) for p in model.parameters()], [(m._buffers, {**m._buffers}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
+        for mine, old in buffers:
+            mine.update(old)
 
 
 @contextmanager

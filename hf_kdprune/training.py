@@ -35,7 +35,7 @@ from .prune.sites import Plan
 from .prune.stages import Left, from_here, plan_further, plan_in_rounds
 from .prune.surgery import changes
 from .ranks import Ranks
-from .sharding import whole_afterwards
+from .sharding import unprepare, whole_afterwards
 from .teaching import cached, live
 
 Train = Callable[[str | None], object]
@@ -72,6 +72,7 @@ def train_on(trainer: Trainer, train: Train, checkpoint: str | None) -> object:
         separate(trainer.teacher, trainer.model)
         with until_sigterm(trainer):
             output = train(checkpoint)
+        unprepare(trainer)
         if course.finished:
             return output
         if trainer.state.global_step < course.next:  # somebody stopped it: what is left of the budget goes now
