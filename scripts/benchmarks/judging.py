@@ -23,7 +23,7 @@ class Judge:
 
     Attributes:
         batches: The test set.
-        logits: The teacher's, for each batch.
+        logits: The teacher's of what is labelled, for each batch.
         states: The teacher's features of the first batches: a list of layers for each, (tokens, hidden).
         variance: Of the teacher's features, by layer.
     """
@@ -32,7 +32,7 @@ class Judge:
     def __init__(self, teacher: PreTrainedModel, batches: Sequence[Batch]):
         """Run the teacher once."""
         self.batches = batches
-        self.logits = [teacher(**inputs_of(batch)).logits for batch in batches]
+        self.logits = [labelled(teacher(**inputs_of(batch)).logits, batch) for batch in batches]
         some = batches[:: max(1, round(len(batches) * len(batches[0]["input_ids"]) / FEATURES))]
         self.states = [(batch, [at_real(s, batch) for s in hidden_states(teacher, batch)[1:]]) for batch in some]
         layers = [torch.cat(layer) for layer in zip(*(states for _, states in self.states), strict=True)]
@@ -42,9 +42,9 @@ class Judge:
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Judge one model."""
         model.eval()
-        logits = [model(**inputs_of(batch)).logits for batch in self.batches]
+        logits = [labelled(model(**inputs_of(batch)).logits, batch) for batch in self.batches]
         mine, taught = torch.cat(logits), torch.cat(self.logits)
-        labels = torch.cat([batch["labels"] for batch in self.batches])
+        labels = torch.cat([labelled(batch["labels"], batch) for batch in self.batches])
         kl = F.kl_div(mine.log_softmax(-1), taught.log_softmax(-1), reduction="batchmean", log_target=True)
         return {
             "accuracy": float((mine.argmax(-1) == labels).float().mean()),
@@ -62,6 +62,11 @@ class Judge:
             errors = [float((a - b).square().mean(1).sum()) for a, b in zip(mine, taught, strict=True)]
             total += sum(error / variance for error, variance in zip(errors, self.variance, strict=True))
         return total / tokens / len(self.variance)
+
+
+def labelled(values: Tensor, batch: Batch) -> Tensor:
+    """Of the rows, or of their words, those that have a label: (items, ...)."""
+    return values[batch["labels"] != -100]
 
 
 def matthews(predicted: Tensor, labels: Tensor) -> float:

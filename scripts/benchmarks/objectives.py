@@ -18,7 +18,7 @@ import transformers
 from judging import Judge
 from recovery import spread
 from teachers import TASKS, teacher
-from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_kdprune import KDPruneConfig, KDPruneTrainer
 from hf_kdprune.demo.run import common, freeze_embeddings, say
@@ -70,11 +70,12 @@ def run(task: str, loss: str, seed: int, steps: int, limit: int) -> None:
     """Prune, judge, train with one loss, judge what it ends with."""
     model, tokenizer, train, test = teacher(task)
     test = test.select(range(min(limit, len(test))))
-    judge = Judge(model, [dict(batch) for batch in by_length(test, DataCollatorWithPadding(tokenizer), 32)])
+    judge = Judge(model, [dict(batch) for batch in by_length(test, TASKS[task].collator(tokenizer), 32)])
     weights = dict(zip(("task_weight", "logits_weight", "features_weight", "auxiliary_weight"), LOSSES[loss], strict=True))
     settings = {**common(), "logging_steps": 250, "warmup_steps": 100, "max_steps": steps, "seed": seed, "disable_tqdm": True}
     args = KDPruneConfig(f"runs/objectives-{task}-{seed}", budget="macs=0.35", **weights, **settings)
-    trainer = KDPruneTrainer(freeze_embeddings(model), args, train_dataset=train, processing_class=tokenizer)
+    parts = {"train_dataset": train, "processing_class": tokenizer, "data_collator": TASKS[task].collator(tokenizer)}
+    trainer = KDPruneTrainer(freeze_embeddings(model), args, **parts)
     facts = {**dict(zip(NAME, (task, loss, seed, steps), strict=True)), "teacher": judge(model)}
     trainer.prune()
     facts["pruned"] = judge(trainer.model)

@@ -25,9 +25,9 @@ import transformers
 from judging import Judge, Perplexity
 from peers import PEERS
 from ranking_table import write_tables
-from teachers import teacher, web_text
+from teachers import TASKS, teacher, web_text
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_kdprune import apply_plan, repair, score_units
 from hf_kdprune.demo.run import say
@@ -89,7 +89,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, Batches, int], Realise]] = {
 def main() -> None:
     """Run what was asked for, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", help="sst2, cola, ag_news, banking77, smollm2")
+    parser.add_argument("tasks", nargs="*", help="sst2, cola, ag_news, banking77, ud_english_ewt_pos, smollm2")
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -125,7 +125,7 @@ def run(
 def classifier(task: str, args: argparse.Namespace) -> tuple[PreTrainedModel, Judge, Callable[[int], Batches]]:
     """A teacher of `teachers.py`, its judge, and its calibration samples by seed."""
     model, tokenizer, train, test = teacher(task)
-    collate = DataCollatorWithPadding(tokenizer)
+    collate = TASKS[task].collator(tokenizer)
     test = test.select(range(min(len(test), args.limit or len(test))))
     judge = Judge(model, [dict(batch) for batch in by_length(test, collate, 32)])
     return model, judge, lambda seed: [dict(b) for b in by_length(split(train, args.samples, seed)[0], collate, 32)]
