@@ -234,6 +234,7 @@ def test_a_teacher_in_bfloat16_teaches_a_student_in_float32(make, hidden):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_teacher_teaches(make, tmp_path, monkeypatch, bits):
     """Of bitsandbytes, on the CPU. The student is in float32; the report knows what the teacher costs."""
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes: not by default, every process would load it")
     monkeypatch.setattr(sys.modules["hf_kdprune.measure"], "SECONDS", 0.05)
     plain = tiny_bert(hidden=64, layers=3, seed=1, spread=0.2)
     plain.save_pretrained(tmp_path / "teacher")
