@@ -119,7 +119,13 @@ def work(args: argparse.Namespace) -> None:
         max_steps=(args.rounds + 1) * args.steps,
         use_cpu=True,
         disable_tqdm=True,
-        **{**common(), "per_device_train_batch_size": BATCH // processes, "logging_steps": 1000},
+        train_sampling_strategy="random",  # by length, the order would depend on the size of a process's batch
+        **{
+            key: value
+            for key, value in common().items()
+            if key not in ("train_sampling_strategy", "per_device_train_batch_size")
+        },
+        per_device_train_batch_size=BATCH // processes,
     )
     turns = Turns(name, int(port), args.steps)
     KDPruneTrainer(freeze_embeddings(model), config, train_dataset=train, processing_class=tokenizer, callbacks=[turns]).train()
