@@ -9,7 +9,6 @@ from transformers import Trainer, enable_full_determinism, set_seed
 
 from .course import check_schedule
 from .distill.first_loss import FirstLoss, check_lesson
-from .layers import LayerMatch
 from .prune.budget import Budget
 from .prune.repair import SiteRepair
 from .prune.schedule import check_budget
@@ -29,7 +28,6 @@ def begin(trainer: Trainer) -> None:
     """
     args, trainer.loss_terms, trainer.teacher = trainer.args, trainer.args.objective(), trainer.given_teacher
     trainer.plan: Plan | None = None
-    trainer.matches: list[LayerMatch] = []
     trainer.repairs: list[SiteRepair] = []
     trainer.recovery: dict | None = None
     trainer._metrics: dict[str, dict] = {}

@@ -61,7 +61,7 @@ def judge_of(trainer: Trainer, dataset: Sized | None) -> Judge | None:
         return None
     if Budget.parse(trainer.args.budget).limits[0].unit == "%":
         return judge_by_metric(trainer, dataset)
-    return feature_judge(trainer.model, trainer.teacher, trainer.batches_of(dataset), trainer.matches)
+    return feature_judge(trainer.model, trainer.teacher, trainer.batches_of(dataset), trainer.lesson.matches)
 
 
 def judge_by_metric(trainer: Trainer, dataset: Sized) -> Judge:

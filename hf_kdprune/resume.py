@@ -19,7 +19,6 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from . import adapters
 from .distill import trained_only
 from .distill.teacher import frozen_copy
-from .layers import match_layers
 from .prune.discovery import find_sites
 from .prune.fingerprint import fingerprint
 from .prune.repair import SiteRepair
@@ -27,7 +26,7 @@ from .prune.sites import Plan
 from .prune.surgery import apply_plan, changes
 from .publish.checkpoint import save_pretrained
 from .publish.whole import BEFORE, PLAN, STATE, last_whole, sweep, why_broken
-from .ranks import Ranks
+from .teaching import match
 
 logger = logging.getLogger(__name__)
 STATE_VERSION = 1
@@ -156,10 +155,9 @@ def replay(trainer: Trainer, plan: Plan, folder: Path) -> None:
             f"and the model has {mine[:12]}...: give KDPruneTrainer the model that the interrupted run was given"
         )
     original = frozen_copy(model, *changes(model, sites))
-    ranks = Ranks.of(trainer.accelerator)
-    trainer.matches = match_layers(model, trainer.teacher, data, trainer.args.layer_map, ranks)
+    match(trainer)
     apply_plan(model, plan, data[0])
-    trainer.teacher, trainer.plan, trainer.lesson.matches = trainer.teacher or original, plan, trainer.matches
+    trainer.teacher, trainer.plan = trainer.teacher or original, plan
 
 
 def read_state(folder: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Where the teacher's output comes from while a KDPruneTrainer trains: from the teacher itself, or from disk."""
+"""What teaches in a KDPruneTrainer: which layers, and where the teacher's output comes from, itself or the disk."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from transformers import Trainer
 from .distill.cache import Kept, cached_teacher
 from .distill.first_loss import Teacher
 from .distill.teacher import ask
+from .layers import match_layers
+from .ranks import Ranks
 
 Batch = dict[str, Tensor]
+
+
+def match(trainer: Trainer) -> None:
+    """Say which layer of the student learns from which of the teacher, measured by all ranks on the calibration samples."""
+    teacher, data, ranks = trainer.teacher, trainer.calibration, Ranks.of(trainer.accelerator)
+    trainer.lesson.matches = match_layers(trainer.model, teacher, data, trainer.args.layer_map, ranks)
 
 
 def live(trainer: Trainer) -> Teacher:

@@ -20,17 +20,16 @@ from .distill.rows import ROW, CollateWithRows
 from .distill.teacher import check_teacher, placed, with_labels_of
 from .inputs import completed
 from .interrupts import advice
-from .layers import match_layers
 from .metrics import check_metric, report_of
 from .prune.discovery import find_sites
 from .prune.schedule import restate
 from .prune.sites import Plan
 from .publish import hub
 from .publish.checkpoint import check_writable, save_pretrained
-from .ranks import Ranks
 from .resume import checkpoint_of, restore, whole_or_gone, write_checkpoint
 from .samples import by_length, divided, seeded
 from .sharding import as_it_is
+from .teaching import match
 
 Batch = dict[str, Tensor]
 
@@ -133,8 +132,7 @@ class KDPruneTrainer(Trainer):
             plan = self.propose()
         else:
             restate(plan, self.model, self.calibration[0])
-            ranks = Ranks.of(self.accelerator)
-            self.matches = match_layers(self.model, self.teacher, self.calibration, self.args.layer_map, ranks)
+            match(self)
         self.course = at_once(self)
         training.cut(self, plan)
         return plan

@@ -36,7 +36,7 @@ from .prune.stages import Left, from_here, plan_further, plan_in_rounds
 from .prune.surgery import changes
 from .ranks import Ranks
 from .sharding import unprepare, whole_afterwards
-from .teaching import cached, live
+from .teaching import cached, live, match
 
 Train = Callable[[str | None], object]
 
@@ -120,7 +120,7 @@ def advance(trainer: Trainer, checkpoint: str | None = None) -> None:
         return
     model = trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     left = Left(course.sites, trainer.plan)
-    itself = match_layers(model, None, data, [[m.student, m.student] for m in trainer.matches], pruning.ranks)
+    itself = match_layers(model, None, data, [[m.student, m.student] for m in trainer.lesson.matches], pruning.ranks)
     plan = plan_further(model, data, itself, pruning, left)
     sites = find_sites(model, data[0])
     here = from_here(plan, left.plan, sites)
@@ -142,10 +142,9 @@ def new_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
 
 def first_plan(trainer: Trainer, pruning: Pruning) -> Plan:
     """Rank the model as it was given, and plan; nothing is changed."""
-    data, ranks = trainer.calibration, Ranks.of(trainer.accelerator)
-    trainer.matches = match_layers(trainer.model, trainer.teacher, data, trainer.args.layer_map, ranks)
-    pruning, judge = replace(pruning, ranks=ranks), judge_of(trainer, trainer._judging)
-    plan = plan_in_rounds(trainer.model, trainer.teacher, data, trainer.matches, pruning, judge)
+    match(trainer)
+    pruning, judge = replace(pruning, ranks=Ranks.of(trainer.accelerator)), judge_of(trainer, trainer._judging)
+    plan = plan_in_rounds(trainer.model, trainer.teacher, trainer.calibration, trainer.lesson.matches, pruning, judge)
     measured = Budget.parse(pruning.budget).measured
     return broadcast_object_list([plan])[0] if measured else plan  # ranks may measure other figures
 
@@ -167,9 +166,9 @@ def cut(trainer: Trainer, plan: Plan, itself: list[LayerMatch] | None = None) ->
     model, data = trainer.model, trainer.calibration
     original = frozen_copy(model, *changes(model, trainer.course.sites))
     trainer.repairs = realise(model, original, data, plan, trainer.args.pruning())
-    against = (trainer.teacher, data, plan, trainer.matches) if itself is None else (None, data, plan, itself)
+    against = (trainer.teacher, data, plan, trainer.lesson.matches) if itself is None else (None, data, plan, itself)
     report_losses(trainer.repairs, original, *against)
-    trainer.teacher, trainer.plan, trainer.lesson.matches = trainer.teacher or original, plan, trainer.matches
+    trainer.teacher, trainer.plan = trainer.teacher or original, plan
     trainer.course.done += 1
 
 

@@ -113,7 +113,7 @@ def test_a_budget_in_feature_loss(make):
     plan = trainer.prune()
     assert plan.budget["loss"] <= 0.2 and 0.1 < plan.budget["reached"] < 1 and plan.budget["asked"] == "loss=0.2"
     judge = trainer.batches_of(trainer._judging)
-    assert feature_error(trainer.model, trainer.teacher, judge, trainer.matches) == pytest.approx(plan.budget["loss"])
+    assert feature_error(trainer.model, trainer.teacher, judge, trainer.lesson.matches) == pytest.approx(plan.budget["loss"])
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,11 @@ def test_terms_of_an_evaluation_are_those_of_the_models(make):
     assert metrics["eval_loss_logits"] == pytest.approx(4 * float(divergence), rel=1e-4)
     batches, total = [range(i, i + 8) for i in range(0, 32, 8)], 0.0
     for batch in batches:  # each layer's error over its variance, by position of a batch
-        for match in trainer.matches:
+        for match in trainer.lesson.matches:
             error = [F.mse_loss(features[i][match.student], targets[i][match.teacher], reduction="none") for i in batch]
-            total += float(torch.cat([e[0] for e in error]).mean()) / match.variance / len(trainer.matches) / len(batches)
+            total += (
+                float(torch.cat([e[0] for e in error]).mean()) / match.variance / len(trainer.lesson.matches) / len(batches)
+            )
     assert metrics["eval_loss_features"] == pytest.approx(total, rel=1e-4)
 
 
@@ -221,7 +223,7 @@ def test_a_teacher_in_bfloat16_teaches_a_student_in_float32(make, hidden):
         trainer = make(teacher=teacher, max_steps=2, logging_steps=1)
         trainer.train()
         assert {p.dtype for p in teacher.parameters()} == {dtype} and trainer.model.dtype == torch.float32
-        assert all(match.variances.dtype == torch.float32 for match in trainer.matches)
+        assert all(match.variances.dtype == torch.float32 for match in trainer.lesson.matches)
         found[dtype] = losses(trainer)
     assert torch.tensor(found[torch.bfloat16]) == pytest.approx(torch.tensor(found[torch.float32]), rel=0.05)
     batch = trainer.calibration[0]
