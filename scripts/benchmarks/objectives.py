@@ -10,6 +10,7 @@ of the test set. Each run is a line of docs/objectives.jsonl, the last of the sa
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -48,9 +49,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     for task in [] if args.table else args.tasks:
+        bench = Bench(task, args.limit)
         for seed in args.seeds:
             for loss in args.losses:
-                run(task, loss, seed, args.steps, args.limit)
+                bench.run(loss, seed, args.steps)
     write_table()
 
 
@@ -66,26 +68,42 @@ class AtEnd(TrainerCallback):
         self.found = self.judge(model)
 
 
-def run(task: str, loss: str, seed: int, steps: int, limit: int) -> None:
-    """Prune, judge, train with one loss, judge what it ends with."""
-    model, tokenizer, train, test = teacher(task)
-    test = test.select(range(min(limit, len(test))))
-    judge = Judge(model, [dict(batch) for batch in by_length(test, TASKS[task].collator(tokenizer), 32)])
-    weights = dict(zip(("task_weight", "logits_weight", "features_weight", "auxiliary_weight"), LOSSES[loss], strict=True))
-    settings = {**common(), "logging_steps": 250, "warmup_steps": 100, "max_steps": steps, "seed": seed, "disable_tqdm": True}
-    args = KDPruneConfig(f"runs/objectives-{task}-{seed}", budget="macs=0.35", **weights, **settings)
-    parts = {"train_dataset": train, "processing_class": tokenizer, "data_collator": TASKS[task].collator(tokenizer)}
-    trainer = KDPruneTrainer(freeze_embeddings(model), args, **parts)
-    facts = {**dict(zip(NAME, (task, loss, seed, steps), strict=True)), "teacher": judge(model)}
-    trainer.prune()
-    facts["pruned"] = judge(trainer.model)
-    end = AtEnd(judge)
-    trainer.add_callback(end)
-    trainer.train()
-    facts["trained"] = end.found
-    with RUNS.open("a") as file:
-        file.write(json.dumps({**facts, **trainer.recovery, "environment": environment()}) + "\n")
-    say(json.dumps(facts))
+class Bench:
+    """A task: its teacher, what judges, and the plan of each seed, which is made once.
+
+    Attributes:
+        plans: Seed -> plan.
+        pruned: Seed -> what the pruned model is worth before any training.
+    """
+
+    def __init__(self, task: str, limit: int):
+        """Load all, and judge the teacher."""
+        self.task, self.plans, self.pruned = task, {}, {}
+        self.model, self.tokenizer, self.train, test = teacher(task)
+        self.collate = TASKS[task].collator(self.tokenizer)
+        test = test.select(range(min(limit, len(test))))
+        self.judge = Judge(self.model, [dict(batch) for batch in by_length(test, self.collate, 32)])
+        self.whole = self.judge(self.model)
+
+    def run(self, loss: str, seed: int, steps: int) -> None:
+        """Prune, judge, train with one loss, judge what it ends with."""
+        weights = dict(zip(("task_weight", "logits_weight", "features_weight", "auxiliary_weight"), LOSSES[loss], strict=True))
+        settings = {**common(), "logging_steps": 250, "warmup_steps": 100, "max_steps": steps, "disable_tqdm": True}
+        args = KDPruneConfig(f"runs/objectives-{self.task}-{seed}", budget="macs=0.35", seed=seed, **weights, **settings)
+        student = freeze_embeddings(copy.deepcopy(self.model))
+        parts = {"train_dataset": self.train, "processing_class": self.tokenizer, "data_collator": self.collate}
+        trainer = KDPruneTrainer(student, args, **parts)
+        self.plans[seed] = trainer.prune(copy.deepcopy(self.plans.get(seed)))
+        if seed not in self.pruned:
+            self.pruned[seed] = self.judge(trainer.model)
+        end = AtEnd(self.judge)
+        trainer.add_callback(end)
+        trainer.train()
+        facts = {**dict(zip(NAME, (self.task, loss, seed, steps), strict=True)), "teacher": self.whole}
+        facts |= {"pruned": self.pruned[seed], "trained": end.found}
+        with RUNS.open("a") as file:
+            file.write(json.dumps({**facts, **trainer.recovery, "environment": environment()}) + "\n")
+        say(json.dumps(facts))
 
 
 def write_table() -> None:
