@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_kdprune import KDPruneTrainer
-from hf_kdprune.demo.run import Demo, config, fine_tuned, read, say, trainer_for
+from hf_kdprune.demo.run import Demo, accuracy, config, fine_tuned, read, say, trainer_for
 from hf_kdprune.publish.report import environment
 
 VARIANTS: dict[str, dict] = {
@@ -70,7 +70,7 @@ def run(trainer: KDPruneTrainer, test: Dataset) -> dict[str, float]:
     trainer.train()
     after = judge(trainer, test, taught.predictions)
     return {
-        "teacher": accuracy(taught.predictions, taught.label_ids),
+        "teacher": accuracy(taught)["accuracy"],
         **{f"{name}_before": value for name, value in before.items()},
         **after,
         "budget": trainer.plan.budget["reached"],
@@ -83,12 +83,7 @@ def judge(trainer: KDPruneTrainer, test: Dataset, taught: np.ndarray) -> dict[st
     output = trainer.predict(test)
     log_probs = [torch.from_numpy(logits).log_softmax(-1) for logits in (output.predictions, taught)]
     kl = F.kl_div(*log_probs, reduction="batchmean", log_target=True)
-    return {"accuracy": accuracy(output.predictions, output.label_ids), "kl": float(kl)}
-
-
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of rows whose highest logit is the label's."""
-    return float((logits.argmax(-1) == labels).mean())
+    return {**accuracy(output), "kl": float(kl)}
 
 
 def write(folder: Path, runs: list[dict], variants: list[str]) -> None:

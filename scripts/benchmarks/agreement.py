@@ -18,7 +18,6 @@ import torch
 import transformers
 from teachers import TASKS, teacher
 from torch import Tensor
-from transformers import DataCollatorWithPadding
 
 from hf_kdprune import find_sites, score_units
 from hf_kdprune.prune.importance import Asked
@@ -51,7 +50,7 @@ def compare(task: str, samples: int, probes: int) -> dict[str, float]:
     """Rank correlation on one model: of heads, of groups of neurons."""
     model, tokenizer, train, _ = teacher(task)
     data = split(train, samples, 0)[0]
-    batches = [dict(batch) for batch in by_length(data, DataCollatorWithPadding(tokenizer), 32)]
+    batches = [dict(batch) for batch in by_length(data, TASKS[task].collator(tokenizer), 32)]
     sites = find_sites(model, batches[0])
     features = replace(under_covariance(model, None, batches, Asked(sites)), teacher=model)
     with torch.enable_grad():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from teachers import teacher
+from teachers import TASKS, teacher
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -37,7 +37,7 @@ Batch = dict[str, Tensor]
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--task", default="sst2", choices=list(TASKS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=12)
     args = parser.parse_args()
@@ -79,12 +79,13 @@ def steps_of(task: str, folder: str, count: int) -> dict[str, Callable[[], None]
     model, tokenizer, train, _ = teacher(task)
     train = train.select(range(2048))
     config = KDPruneConfig(f"{folder}/out", teacher_cache=f"{folder}/cache", features_weight=0.0, **COMMON)
-    trainer = KDPruneTrainer(freeze_embeddings(model), config, train_dataset=train, processing_class=tokenizer)
+    parts = {"train_dataset": train, "processing_class": tokenizer, "data_collator": TASKS[task].collator(tokenizer)}
+    trainer = KDPruneTrainer(freeze_embeddings(model), config, **parts)
     trainer.prune()
     student, whole = trainer.model, trainer.teacher
     batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(count), strict=False)]
     plain = [{k: v for k, v in batch.items() if k != "kdprune_row"} for batch in batches]
-    stock = Trainer(student, TrainingArguments(f"{folder}/stock", **COMMON), train_dataset=train, processing_class=tokenizer)
+    stock = Trainer(student, TrainingArguments(f"{folder}/stock", **COMMON), **parts)
     from_disk, objective = cached(trainer), trainer.loss_terms
 
     def ours(features: float, given: list[Batch]) -> None:
@@ -98,7 +99,7 @@ def steps_of(task: str, folder: str, count: int) -> dict[str, Callable[[], None]
 
     def stocks() -> None:
         for batch in plain:
-            stock.training_step(student, dict(batch), torch.tensor(len(batch["labels"])))
+            stock.training_step(student, dict(batch), (batch["labels"] != -100).sum())
             student.zero_grad()
 
     stock.current_gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = 1

@@ -105,5 +105,6 @@ class Perplexity:
 
 
 def matthews_of(predicted: EvalPrediction) -> float:
-    """Matthews correlation of what a Trainer predicted."""
-    return matthews(torch.from_numpy(predicted.predictions).argmax(-1), torch.from_numpy(predicted.label_ids))
+    """Matthews correlation of what a Trainer predicted, where there is a label."""
+    batch = {"labels": torch.from_numpy(predicted.label_ids)}
+    return matthews(labelled(torch.from_numpy(predicted.predictions).argmax(-1), batch), labelled(batch["labels"], batch))

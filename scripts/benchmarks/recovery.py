@@ -21,11 +21,11 @@ from pathlib import Path
 import datasets
 import transformers
 from judging import matthews_of
-from teachers import TASKS, teacher
+from teachers import TASKS, right, teacher
 from transformers import EvalPrediction
 
 from hf_kdprune import KDPruneConfig, KDPruneTrainer
-from hf_kdprune.demo.run import accuracy, common, freeze_embeddings, say
+from hf_kdprune.demo.run import common, freeze_embeddings, say
 from hf_kdprune.publish.report import environment
 
 RUNS = Path("docs") / "recovery.jsonl"
@@ -72,7 +72,8 @@ def run(name: dict) -> None:
         **{**common(), "logging_steps": 250, "warmup_steps": 100},
     )
     options = {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer, "compute_metrics": judge}
-    trainer = KDPruneTrainer(freeze_embeddings(model), args, **options)
+    collate = TASKS[name["task"]].collator(tokenizer)
+    trainer = KDPruneTrainer(freeze_embeddings(model), args, data_collator=collate, **options)
     judged = {"teacher": judge(trainer.predict(test))}
     start = time.perf_counter()
     trainer.train()
@@ -86,7 +87,7 @@ def run(name: dict) -> None:
 
 def judge(predicted: EvalPrediction) -> dict[str, float]:
     """Accuracy and Matthews correlation."""
-    return {**accuracy(predicted), "matthews": matthews_of(predicted)}
+    return {**right(predicted), "matthews": matthews_of(predicted)}
 
 
 def write_table() -> None:
