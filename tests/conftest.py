@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # subfolders import hub_server
 
 import copy
 import warnings
+from collections import Counter
 
 import pyarrow.parquet
 import pytest
@@ -39,6 +40,14 @@ MODELS = {  # name -> configuration class, and what it needs beside SIZES
     "albert": ("AlbertConfig", {"embedding_size": 16}),
     "mpnet": ("MPNetConfig", {}),
 }
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-randomly
+def pytest_collection_modifyitems(items):
+    """Of several workers, none waits at the end for another's long file: the demo first, then files of many tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.name != "test_demo.py", -tests[item.path], item.path))
 
 
 @pytest.fixture
