@@ -12,8 +12,6 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .distill.teacher import placed
 
-MARK = "_is_accelerate_prepared"
-
 
 def check_sharding(trainer: Trainer) -> None:
     """Raise unless the student is whole on each process until it was pruned; bring it to the device where nobody else does.
@@ -75,16 +73,14 @@ def as_it_is(trainer: Trainer) -> Iterator[None]:
     if trainer.is_in_train:
         yield
         return
-    model = trainer.model
-    sharded, marked = (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled), MARK in vars(model)
+    sharded = trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
     trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
     try:
-        with uncast(model, trainer.args):
+        with uncast(trainer.model, trainer.args):
             yield
     finally:
         trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = sharded
-        if not marked and MARK in vars(model):
-            unprepare(trainer)
+        unprepare(trainer)
 
 
 def unprepare(trainer: Trainer) -> None:
@@ -95,7 +91,7 @@ def unprepare(trainer: Trainer) -> None:
     model = trainer.model
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     trainer.accelerator._models = [m for m in trainer.accelerator._models if m is not model]
-    vars(model).pop(MARK, None)
+    vars(model).pop("_is_accelerate_prepared", None)
 
 
 @contextmanager

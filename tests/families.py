@@ -134,12 +134,14 @@ HEADS = {  # name -> other Auto classes
 }
 
 
-def build(name: str, attention: str = "eager", auto: str | None = None, seed: int = 0, **changes: object) -> PreTrainedModel:
+def build(
+    name: str, attention: str | None = "eager", auto: str | None = None, seed: int = 0, **changes: object
+) -> PreTrainedModel:
     """A random model in eval mode.
 
     Args:
         name: A key of FAMILIES.
-        attention: "eager" or "sdpa".
+        attention: "eager" or "sdpa"; None: what transformers chooses.
         auto: An Auto class; default: that of the family.
         seed: For the weights.
         changes: Fields of the config, under the config's own names.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -57,11 +58,12 @@ def trace_sites(model: PreTrainedModel, batch: dict[str, Tensor] | None = None, 
     counted = batch or tiny
     counted = at_length(counted, seq_len) if seq_len else counted
     blocks = enumerate_blocks(model)
-    with evaluating(model), in_float32(model, tiny) as tiny:
-        with only_tables_learn(model):
-            layouts, sites = understood(model, tiny, blocks)
-        sites = that_can_be_cut(model, sites, tiny)
-    count = record(model, counted, graph=False)
+    with torch.random.fork_rng(devices=[]):  # before transformers 5.23, wav2vec2 and its like draw in evaluation too
+        with evaluating(model), in_float32(model, tiny) as tiny:
+            with only_tables_learn(model):
+                layouts, sites = understood(model, tiny, blocks)
+            sites = that_can_be_cut(model, sites, tiny)
+        count = record(model, counted, graph=False)
     sources = {layout.consumer: layout.sources for _, _, layout in layouts}
     priced = [with_macs(model, count, site, sources) for site in sites]
     linear = sum(sum(rows for rows, _ in count.calls[n]) * m.weight.numel() for n, m in count.linears.items())

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from families import CAUSAL, EAGER_ONLY, FAMILIES, MASKED, TOKENS
+from families import CAUSAL, FAMILIES, MASKED, TOKENS
 from families import build as build_with
 
 from hf_kdprune import Plan, apply_plan, find_sites, load_pretrained, save_pretrained, score_units
@@ -32,7 +32,7 @@ for folder, auto in json.loads(sys.argv[1]):
 
 def build(name, auto=None):
     """With the attention that from_pretrained will choose."""
-    return build_with(name, "eager" if name in EAGER_ONLY else "sdpa", auto=auto)
+    return build_with(name, None, auto=auto)
 
 
 def pruned(name, auto=None, seed=0):
