@@ -193,6 +193,7 @@ def test_terms_of_an_evaluation_are_those_of_the_models(make):
     assert metrics["eval_loss_features"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_student_trains_alike(make, monkeypatch):
     """By the backend that only traces: the others take minutes on a CPU."""
     for name in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC"):  # which TrainingArguments sets for the whole process

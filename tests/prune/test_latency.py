@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_kdprune import Scores, find_sites, score_units
+from hf_kdprune.measure import macs_of
 from hf_kdprune.prune import latency, schedule
 from hf_kdprune.prune.latency import sizes, smaller, time_sites
 from hf_kdprune.prune.latency_table import LatencyTable, monotone
@@ -158,14 +159,15 @@ def test_a_real_table_has_every_site_and_rises(tiny, ragged, name):
 
 
 def test_wider_is_slower(tiny, ragged, monkeypatch):
-    """A model of which nearly all time is in its FFNs: the table finds it there, and in proportion."""
-    monkeypatch.setattr(latency, "SECONDS", 0.2)
+    """On a device whose time is MACs, the table finds those of each FFN, and in proportion."""
+    monkeypatch.setattr(latency, "timed", lambda models, rows: [tuple(float(macs_of(m, rows, 32)) for m in models)])
     model = tiny(hidden_size=64, intermediate_size=4096, num_hidden_layers=2)
     sites = find_sites(model, seq_len=32)
     table = time_sites(model, ragged(1, 4, seq=32)[0], sites, 16)
-    ffn = next(s for s in sites if s.kind == "ffn")
-    assert 2 * table.site_ms(ffn.name, 4096) > 0.5 * table.whole
-    assert 0.3 < table.site_ms(ffn.name, 2048) / table.site_ms(ffn.name, 4096) < 0.7
+    assert table.whole == sites.macs()
+    for site in sites:
+        assert table.site_ms(site.name, site.total) == pytest.approx(site.unit_macs * site.total)
+        assert table.site_ms(site.name, site.total // 2) == pytest.approx(site.unit_macs * site.total / 2)
 
 
 @pytest.fixture
