@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine two threads wait for each other at every small operator
 sys.path.insert(0, str(Path(__file__).parent))  # subfolders import hub_server
 
 import copy
@@ -22,7 +23,7 @@ from hf_kdprune.demo.data import BANKING77, minilm
 from hf_kdprune.layers import hidden_states, real_positions
 from hf_kdprune.prune.sites import Plan, SitePlan
 
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other at every small operator
+torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
