@@ -23,7 +23,7 @@ def launched(folder, *jobs, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     child = subprocess.run(
         [*command, processes.__file__, str(folder), *jobs],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
         capture_output=True,
         text=True,
         timeout=600,

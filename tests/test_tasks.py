@@ -40,7 +40,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(task, tmp_path):
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     file = Path(__file__).with_name("tasks.py")
     done = subprocess.run([*launch, str(file), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
